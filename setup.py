@@ -1,0 +1,47 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+
+setup(
+    name="molora",
+    version="0.1.0",
+    description="Routed mixtures of LoRA experts: kernels, patching layer and a two-stage reasoning recipe",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["molora", "molora.*", "molora_kernels", "molora_kernels.*"]),
+    package_data={"molora": ["py.typed"], "molora_kernels": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "safetensors>=0.5",
+        "pyyaml>=6",
+        "pydantic>=2.10",
+        "tqdm>=4.66",
+        "rich>=13",
+    ],
+    extras_require={
+        # Triton has no wheel for every platform; molora runs without it.
+        "triton": ["triton>=3.6"],
+        "quickstart": [
+            "chatterbot-corpus==1.3.3",
+            "reasoning-gym==0.1.25",
+            "gguf>=0.17",
+            "math-verify>=0.8",
+            "matplotlib>=3.8",
+        ],
+        "track": ["tensorboard>=2.16"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "accelerate>=1.0",
+            "ruff>=0.12",
+            "pyright[nodejs]>=1.1.400",
+            "pre-commit>=4",
+        ],
+    },
+)
