@@ -1,0 +1,20 @@
+"""Kernels for routed mixtures of LoRA experts. Depends on torch, and on Triton where there is a GPU for it."""
+
+from molora_kernels.backend import backend_for, use_backend
+from molora_kernels.dropout import dropout_mask
+from molora_kernels.grouped_lora.api import grouped_lora
+from molora_kernels.mlp_block.api import MlpOutput, Projection, Router, mlp_block
+from molora_kernels.router.api import Routing, router
+
+__all__ = [
+    "MlpOutput",
+    "Projection",
+    "Router",
+    "Routing",
+    "backend_for",
+    "dropout_mask",
+    "grouped_lora",
+    "mlp_block",
+    "router",
+    "use_backend",
+]

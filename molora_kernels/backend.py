@@ -1,0 +1,76 @@
+"""Which implementation runs: Triton kernels, portable PyTorch, or the reference that defines both.
+
+- ``triton``: the kernels; CUDA devices (or, with ``TRITON_INTERPRET=1``, the interpreter on any device).
+- ``torch``: plain PyTorch with a hand-written backward; any device.
+- ``reference``: the specification, eager and differentiated by autograd; any device, any dtype up to fp64. Slow.
+- ``auto``: ``triton`` for CUDA tensors when Triton is installed, else ``torch``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from typing import Literal, get_args
+
+import torch
+
+Backend = Literal["auto", "triton", "torch", "reference"]
+Resolved = Literal["triton", "torch", "reference"]
+
+_log = logging.getLogger("molora_kernels")
+_choice: Backend = "auto"
+
+
+class use_backend:  # noqa: N801 - used like a function; as a context manager it undoes itself
+    """Choose the backend for all calls from here on, or for a ``with`` block.
+
+    >>> use_backend("torch")            # doctest: +SKIP
+    >>> with use_backend("reference"):  # doctest: +SKIP
+    ...     y = grouped_lora(...)
+
+    Raises ``ValueError`` for an unknown name and ``RuntimeError`` if Triton is chosen but not installed.
+    """
+
+    def __init__(self, name: Backend) -> None:
+        global _choice
+        if name not in get_args(Backend):
+            raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(get_args(Backend))}")
+        if name == "triton" and not _triton_installed():
+            raise RuntimeError("backend 'triton' needs the package triton: pip install triton, or choose 'torch'")
+        self._previous = _choice
+        _choice = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _choice
+        _choice = self._previous
+
+
+def backend_for(device: torch.device) -> Resolved:
+    """The backend that a tensor on ``device`` runs on under the present choice."""
+    if _choice != "auto":
+        return _choice
+    chosen, why = _auto(device.type)
+    _say_once(device.type, chosen, why)
+    return chosen
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _auto(device_type: str) -> tuple[Resolved, str]:
+    if device_type != "cuda":
+        return "torch", f"tensors are on {device_type}"
+    if not _triton_installed():
+        return "torch", "triton is not installed"
+    return "triton", "tensors are on cuda and triton is installed"
+
+
+@functools.cache
+def _say_once(device_type: str, chosen: Resolved, why: str) -> None:
+    _log.info("backend auto -> %s for %s: %s", chosen, device_type, why)

@@ -1,0 +1,115 @@
+"""The public projections with routed LoRA experts: checks its input, picks the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from molora_kernels.backend import backend_for
+from molora_kernels.dropout import dropout_mask, survivor_scale
+from molora_kernels.grouped_lora import op, reference
+
+
+def grouped_lora(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    *,
+    scaling: float,
+    gates: Tensor | None = None,
+    biases: Sequence[Tensor] = (),
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, ...]:
+    """Frozen projections of one input, each with E LoRA experts weighted by gates.
+
+    ``y_g = x W_g^T + b_g + scaling * sum_e gate_{g,e} * dropout(x) A_{g,e}^T B_{g,e}^T`` for the G projections that
+    read x (gate/up, or q/k/v). Without gates it is a plain LoRA (arXiv 2106.09685) per projection.
+
+    Args:
+        x: (..., K), fp16, bf16, fp32 or fp64.
+        weights: G frozen (N_g, K) in x's dtype.
+        lora_a: G of (E * r, K); expert e owns rows ``e*r : (e+1)*r``. Any float dtype: fp32 masters are cast to x's
+            dtype for the matmuls, and their gradients come back in their own.
+        lora_b: G of (N_g, E * r), likewise by columns.
+        scaling: ``alpha / r``.
+        gates: (..., H, E) with H = G, or H = 1 to share; None for a plain LoRA. Zero where an expert is not chosen.
+        biases: none, or G of (N_g,).
+        dropout_p: probability of dropping an element of the adapters' input; 0 turns dropout off.
+        dropout_seed: () int64 on x's device, needed when ``dropout_p > 0``; see :func:`molora_kernels.dropout_mask`.
+        stream: which of the masks under that seed, where a caller needs several.
+
+    Returns:
+        G tensors (..., N_g) in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or counts that do not fit; a base weight that requires grad; dropout without a seed.
+    """
+    features = x.shape[-1]
+    _check(x, weights, lora_a, lora_b, gates, biases, dropout_p, dropout_seed)
+    flat = x.reshape(-1, features)
+    flat_gates = None if gates is None else gates.reshape(-1, *gates.shape[-2:])
+    lists = (list(weights), list(biases), list(lora_a), list(lora_b))
+    if backend_for(x.device) == "reference":
+        kept = None
+        if dropout_p and dropout_seed is not None:
+            kept = dropout_mask(dropout_seed, flat.shape[0], features, dropout_p, stream)
+        outputs = reference.grouped_lora(flat, *lists, flat_gates, scaling, kept, survivor_scale(dropout_p))
+    else:
+        outputs, _ = op.grouped_lora_fwd(flat, *lists, flat_gates, dropout_seed, scaling, dropout_p, stream)
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+
+def _check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    gates: Tensor | None,
+    biases: Sequence[Tensor],
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> None:
+    groups, features = len(weights), x.shape[-1]
+    if not groups or len(lora_a) != groups or len(lora_b) != groups or len(biases) not in (0, groups):
+        raise ValueError(
+            f"grouped_lora: {groups} weights, {len(lora_a)} lora_a, {len(lora_b)} lora_b, {len(biases)} biases; "
+            "expected as many of each as there are projections (biases: or none)"
+        )
+    rank = lora_a[0].shape[0]
+    for g, (weight, a, b) in enumerate(zip(weights, lora_a, lora_b, strict=True)):
+        if (
+            weight.ndim != 2
+            or weight.shape[1] != features
+            or a.shape != (rank, features)
+            or b.shape != (weight.shape[0], rank)
+        ):
+            raise ValueError(
+                f"grouped_lora: projection {g} has weight {tuple(weight.shape)}, A {tuple(a.shape)}, B {tuple(b.shape)} "
+                f"for x {tuple(x.shape)}; expected (N, {features}), ({rank}, {features}), (N, {rank})"
+            )
+        if weight.dtype != x.dtype:
+            raise ValueError(f"grouped_lora: x is {x.dtype} but weight {g} is {weight.dtype}")
+        if weight.requires_grad:
+            raise ValueError(f"grouped_lora: weight {g} requires grad; base weights are frozen here")
+    if gates is not None:
+        leading, heads, experts = gates.shape[:-2], gates.shape[-2], gates.shape[-1]
+        if leading != x.shape[:-1] or heads not in (1, groups) or rank % experts:
+            raise ValueError(
+                f"grouped_lora: gates are {tuple(gates.shape)} for x {tuple(x.shape)}, {groups} projections and total "
+                f"rank {rank}; expected (..., 1 or {groups}, E) with E dividing the rank"
+            )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"grouped_lora: dropout_p={dropout_p} must lie in [0, 1)")
+    if dropout_p and dropout_seed is None:
+        raise ValueError("grouped_lora: dropout_p > 0 needs dropout_seed, an int64 scalar tensor on x's device")
+
+
+def new_dropout_seed(device: torch.device) -> Tensor:
+    """A fresh () int64 seed from the device's own generator: no host synchronisation, and recomputation under
+    activation checkpointing, which restores that generator, draws the same one."""
+    return torch.randint(0, 2**63 - 1, (), device=device)

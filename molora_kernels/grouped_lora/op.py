@@ -1,0 +1,140 @@
+"""Projections with routed LoRA experts as PyTorch operators: schemas, fakes and the autograd formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molora_kernels.backend import backend_for
+from molora_kernels.grouped_lora import portable
+
+
+@torch.library.custom_op("molora::grouped_lora_fwd", mutates_args=())
+def grouped_lora_fwd(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    gates: Tensor | None,
+    dropout_seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    stream: int,
+) -> tuple[list[Tensor], Tensor]:
+    """(one output per projection, the ungated shrink)"""
+    if backend_for(x.device) == "triton":
+        from molora_kernels.grouped_lora import forward
+
+        return forward.forward(x, weights, biases, lora_a, lora_b, gates, dropout_seed, scaling, dropout_p, stream)
+    return portable.forward(x, weights, biases, lora_a, lora_b, gates, dropout_seed, scaling, dropout_p, stream)
+
+
+@grouped_lora_fwd.register_fake
+def _(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    gates: Tensor | None,
+    dropout_seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    stream: int,
+) -> tuple[list[Tensor], Tensor]:
+    tokens = x.shape[0]
+    return [x.new_empty(tokens, w.shape[0]) for w in weights], x.new_empty(tokens, sum(a.shape[0] for a in lora_a))
+
+
+@torch.library.custom_op("molora::grouped_lora_bwd", mutates_args=())
+def grouped_lora_bwd(
+    dys: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    gates: Tensor | None,
+    s: Tensor,
+    dropout_seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    stream: int,
+    need_dx: bool,
+    need_dlora: bool,
+    need_dgates: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """(dx, da of all projections stacked, db, dgates); what is not needed is empty"""
+    args = (x, weights, lora_a, lora_b, gates, s, dropout_seed, scaling, dropout_p, stream)
+    if backend_for(x.device) == "triton":
+        from molora_kernels.grouped_lora import backward
+
+        return backward.backward(dys, *args, need_dx, need_dlora, need_dgates)
+    return portable.backward(dys, *args, need_dx, need_dlora, need_dgates)
+
+
+@grouped_lora_bwd.register_fake
+def _(
+    dys: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    gates: Tensor | None,
+    s: Tensor,
+    dropout_seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    stream: int,
+    need_dx: bool,
+    need_dlora: bool,
+    need_dgates: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    def like(t: Tensor) -> Tensor:
+        return t.new_empty(t.shape)
+
+    return (
+        like(x) if need_dx else x.new_empty(0),
+        lora_a[0].new_empty(sum(a.shape[0] for a in lora_a), x.shape[1]) if need_dlora else x.new_empty(0),
+        [like(b) for b in lora_b] if need_dlora else [],
+        like(gates) if need_dgates and gates is not None else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
+    x, weights, biases, lora_a, lora_b, gates, dropout_seed, ctx.scaling, ctx.dropout_p, ctx.stream = inputs
+    _, s = output
+    ctx.groups, ctx.biases = len(weights), len(biases)
+    ctx.save_for_backward(x, *weights, *lora_a, *lora_b, gates, dropout_seed, s)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dys: list[Tensor | None], _ds: None) -> tuple[Any, ...]:
+    n = ctx.groups
+    x, *lists, gates, dropout_seed, s = ctx.saved_tensors
+    weights, lora_a, lora_b = lists[:n], lists[n : 2 * n], lists[2 * n :]
+    dys = [x.new_zeros(x.shape[0], w.shape[0]) if dy is None else dy for dy, w in zip(dys, weights, strict=True)]
+    needs = ctx.needs_input_grad
+    need_dx, need_dlora, need_dgates = needs[0], any(needs[3]) or any(needs[4]), gates is not None and needs[5]
+    dx, da, db, dgates = grouped_lora_bwd(
+        dys, x, weights, lora_a, lora_b, gates, s, dropout_seed, ctx.scaling, ctx.dropout_p, ctx.stream,
+        need_dx, need_dlora, need_dgates,
+    )  # fmt: skip
+    none = [None] * n
+    return (
+        dx if need_dx else None,
+        none,
+        [None] * ctx.biases,
+        list(da.chunk(n)) if need_dlora else none,
+        db if need_dlora else none,
+        dgates if need_dgates else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+grouped_lora_fwd.register_autograd(_backward, setup_context=_setup_context)

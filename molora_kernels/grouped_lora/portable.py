@@ -1,0 +1,115 @@
+"""Projections with routed LoRA experts in plain PyTorch, hand-written backward: what the ``torch`` backend runs.
+
+The experts of a projection are one LoRA of rank R = E * r whose intermediate is multiplied by the gates; the
+projections that read the same input are one shrink of G * R columns. Shape letters as in ``reference.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from molora_kernels.dropout import dropout_mask, survivor_scale
+
+
+def forward(
+    x_TK: Tensor,
+    weights_NK: list[Tensor],
+    biases_N: list[Tensor],
+    lora_a_RK: list[Tensor],
+    lora_b_NR: list[Tensor],
+    gates_THE: Tensor | None,
+    dropout_seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    stream: int,
+) -> tuple[list[Tensor], Tensor]:
+    """One (T, N) output per projection, and the ungated shrink s (T, G * R) that backward needs."""
+    dtype = x_TK.dtype
+    a = torch.cat(lora_a_RK).to(dtype)
+    s = _dropped(x_TK, dropout_seed, dropout_p, stream).mm(a.T)
+    gated = gate(s, gates_THE, len(weights_NK), scaling)
+    outputs = []
+    for g, (weight, b) in enumerate(zip(weights_NK, lora_b_NR, strict=True)):
+        y = torch.mm(x_TK, weight.T) if not biases_N else torch.addmm(biases_N[g], x_TK, weight.T)
+        outputs.append(y.addmm_(_part(gated, g, len(weights_NK)), b.to(dtype).T))
+    return outputs, s
+
+
+def backward(
+    dys_TN: list[Tensor],
+    x_TK: Tensor,
+    weights_NK: list[Tensor],
+    lora_a_RK: list[Tensor],
+    lora_b_NR: list[Tensor],
+    gates_THE: Tensor | None,
+    s_TGR: Tensor,
+    dropout_seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    stream: int,
+    need_dx: bool,
+    need_dlora: bool,
+    need_dgates: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """dx (T, K), da (G * R, K), db (N, R) per projection, dgates (T, H, E); whatever is not needed has zero elements.
+
+    With S the ungated shrink and c = scaling * gate: ``y = x W^T + (c S) B^T``, so
+    ``d(cS) = dy B``, ``dB = dy^T (c S)``, ``dgate_e = scaling * <d(cS)_e, S_e>``, ``dS = c d(cS)``,
+    ``dA = dS^T dropout(x)`` and ``dx = dy W + dropout(dS A)``.
+    """
+    dtype, groups = x_TK.dtype, len(weights_NK)
+    dgated = torch.cat([dy.mm(b.to(dtype)) for dy, b in zip(dys_TN, lora_b_NR, strict=True)], dim=1)
+    dgates = x_TK.new_empty(0)
+    if need_dgates and gates_THE is not None:
+        dgates = dgates_of(dgated, s_TGR, gates_THE, groups, scaling)
+
+    db: list[Tensor] = []
+    if need_dlora:
+        gated = gate(s_TGR, gates_THE, groups, scaling)
+        db = [
+            dy.T.mm(_part(gated, g, groups)).to(b.dtype)
+            for g, (dy, b) in enumerate(zip(dys_TN, lora_b_NR, strict=True))
+        ]
+
+    ds = gate(dgated, gates_THE, groups, scaling)
+    da = x_TK.new_empty(0)
+    if need_dlora:
+        da = ds.T.mm(_dropped(x_TK, dropout_seed, dropout_p, stream)).to(lora_a_RK[0].dtype)
+
+    dx = x_TK.new_empty(0)
+    if need_dx:
+        a = torch.cat(lora_a_RK).to(dtype)
+        dx = _dropped(ds.mm(a), dropout_seed, dropout_p, stream)
+        for dy, weight in zip(dys_TN, weights_NK, strict=True):
+            dx.addmm_(dy, weight)
+    return dx, da, db, dgates
+
+
+def gate(s_TGR: Tensor, gates_THE: Tensor | None, groups: int, scaling: float) -> Tensor:
+    """``scaling * gate * s``, multiplied in the gates' precision and rounded once."""
+    if gates_THE is None:
+        return s_TGR * scaling
+    s = s_TGR.view(s_TGR.shape[0], groups, gates_THE.shape[-1], -1)
+    return (s * (gates_THE * scaling).unsqueeze(-1)).to(s_TGR.dtype).view(s_TGR.shape)
+
+
+def dgates_of(dgated_TGR: Tensor, s_TGR: Tensor, gates_THE: Tensor, groups: int, scaling: float) -> Tensor:
+    """(T, H, E): per expert the inner product of the gated shrink's gradient with the shrink."""
+    _, heads, experts = gates_THE.shape
+    shape = (s_TGR.shape[0], groups, experts, s_TGR.shape[1] // (groups * experts))
+    products = dgated_TGR.to(gates_THE.dtype) * s_TGR.to(gates_THE.dtype)
+    dgates = products.view(shape).sum(-1).mul_(scaling)
+    return dgates if heads == groups else dgates.sum(1, keepdim=True)
+
+
+def _part(columns_TGR: Tensor, g: int, groups: int) -> Tensor:
+    return columns_TGR if groups == 1 else columns_TGR.chunk(groups, dim=1)[g]
+
+
+def _dropped(x_TK: Tensor, seed: Tensor | None, p: float, stream: int) -> Tensor:
+    if not p:
+        return x_TK
+    assert seed is not None
+    kept = dropout_mask(seed, x_TK.shape[0], x_TK.shape[1], p, stream)
+    return (x_TK * survivor_scale(p)).mul_(kept)

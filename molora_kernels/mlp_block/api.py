@@ -1,0 +1,160 @@
+"""The public SwiGLU block with routed experts: checks its input, picks the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from molora_kernels.backend import backend_for
+from molora_kernels.mlp_block import op, reference
+
+
+class Projection(NamedTuple):
+    """A frozen linear and its experts. Shapes as in :func:`molora_kernels.grouped_lora`."""
+
+    weight: Tensor
+    """(N, K), frozen."""
+    lora_a: Tensor
+    """(E * r, K)"""
+    lora_b: Tensor
+    """(N, E * r)"""
+    bias: Tensor | None = None
+    """(N,), frozen."""
+
+
+class Router(NamedTuple):
+    """One router. Shapes as in :func:`molora_kernels.router`, without the leading H."""
+
+    weight: Tensor
+    """(E, K), fp32."""
+    bias: Tensor | None = None
+    """(E,), fp32."""
+    selection_bias: Tensor | None = None
+    """(E,), fp32, no gradient."""
+
+
+class MlpOutput(NamedTuple):
+    y: Tensor
+    """(..., K) in x's dtype."""
+    sums: Tensor
+    """(H, 1 + E) as in :class:`molora_kernels.Routing`, H routers in the order given."""
+    counts: Tensor
+    """(H, E), likewise."""
+
+
+def mlp_block(
+    x: Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    routers: Sequence[Router] = (),
+    *,
+    top_k: int = 1,
+    scaling: float,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> MlpOutput:
+    """``down(silu(gate(x)) * up(x))`` with LoRA experts on the three projections, as one autograd node.
+
+    Each projection is that of :func:`molora_kernels.grouped_lora`, its gates those of :func:`molora_kernels.router`;
+    SwiGLU is arXiv 2002.05202, eq. 6.
+
+    Args:
+        x: (..., K), fp16, bf16, fp32 or fp64.
+        gate, up: N = I (intermediate), K features. down: N = K, I features.
+        routers: three, one per projection in the order gate, up, down (down's reads the intermediate); or one that
+            reads x and gates all three; or none, for a plain LoRA on each.
+        top_k: experts per token.
+        scaling: ``alpha / r``.
+        mask: (...) bool; only true tokens count in ``sums`` and ``counts``.
+        dropout_p, dropout_seed: dropout of the adapters' inputs, as in ``grouped_lora``: one mask for gate and up
+            (stream 0), one for down (stream 1).
+
+    Returns:
+        :class:`MlpOutput`. ``sums`` is differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes or counts that do not fit; a base weight that requires grad; dropout without a seed.
+    """
+    projections = (gate, up, down)
+    _check(x, projections, routers, top_k, mask, dropout_p, dropout_seed)
+    flat = x.reshape(-1, x.shape[-1])
+    args = (
+        flat,
+        [p.weight for p in projections],
+        _all_or_none([p.bias for p in projections], [p.weight[:, 0] for p in projections]),
+        [p.lora_a for p in projections],
+        [p.lora_b for p in projections],
+        [r.weight for r in routers],
+        _all_or_none([r.bias for r in routers], [r.weight[:, 0] for r in routers]),
+        _all_or_none([r.selection_bias for r in routers], [r.weight[:, 0] for r in routers]),
+        None if mask is None else mask.reshape(-1),
+        dropout_seed,
+        top_k,
+        scaling,
+        dropout_p,
+    )
+    if backend_for(x.device) == "reference":
+        y, sums, counts = reference.mlp_block(*args)
+    else:
+        y, sums, counts, _ = op.mlp_block_fwd(*args)
+    return MlpOutput(y.view(*x.shape[:-1], y.shape[-1]), sums, counts.detach())
+
+
+def _all_or_none(given: list[Tensor | None], like: list[Tensor]) -> list[Tensor]:
+    """An empty list if nothing is given, else all, with zeros shaped like ``like`` where one is absent."""
+    if all(t is None for t in given):
+        return []
+    return [shape.detach().new_zeros(shape.shape) if t is None else t for t, shape in zip(given, like, strict=True)]
+
+
+def _check(
+    x: Tensor,
+    projections: Sequence[Projection],
+    routers: Sequence[Router],
+    top_k: int,
+    mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> None:
+    hidden, intermediate = x.shape[-1], projections[0].weight.shape[0]
+    shapes = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+    for name, p, (out_features, in_features) in zip(("gate", "up", "down"), projections, shapes, strict=True):
+        rank = p.lora_a.shape[0]
+        if (
+            p.weight.shape != (out_features, in_features)
+            or p.lora_a.shape != (rank, in_features)
+            or p.lora_b.shape != (out_features, rank)
+        ):
+            raise ValueError(
+                f"mlp_block: {name} has weight {tuple(p.weight.shape)}, A {tuple(p.lora_a.shape)}, "
+                f"B {tuple(p.lora_b.shape)}; expected {(out_features, in_features)}, ({rank}, {in_features}), "
+                f"({out_features}, {rank})"
+            )
+        if p.weight.dtype != x.dtype:
+            raise ValueError(f"mlp_block: x is {x.dtype} but {name}'s weight is {p.weight.dtype}")
+        if p.weight.requires_grad:
+            raise ValueError(f"mlp_block: {name}'s weight requires grad; base weights are frozen here")
+    if len(routers) not in (0, 1, 3):
+        raise ValueError(f"mlp_block: {len(routers)} routers; expected three, one that is shared, or none")
+    for i, r in enumerate(routers):
+        features = intermediate if i == 2 else hidden
+        experts = routers[0].weight.shape[0]
+        if r.weight.shape != (experts, features) or projections[i].lora_a.shape[0] % experts:
+            raise ValueError(
+                f"mlp_block: router {i} is {tuple(r.weight.shape)}; expected ({experts}, {features}) and a total rank "
+                f"that {experts} divides"
+            )
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"mlp_block: top_k={top_k} must lie between 1 and the number of experts, {experts}")
+    if mask is not None and mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"mlp_block: mask is {tuple(mask.shape)}; expected the leading shape of x, {tuple(x.shape[:-1])}"
+        )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"mlp_block: dropout_p={dropout_p} must lie in [0, 1)")
+    if dropout_p and dropout_seed is None:
+        raise ValueError("mlp_block: dropout_p > 0 needs dropout_seed, an int64 scalar tensor on x's device")

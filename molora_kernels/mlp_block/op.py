@@ -1,0 +1,176 @@
+"""The SwiGLU block with routed experts as PyTorch operators: schemas, fakes and the autograd formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molora_kernels.backend import backend_for
+from molora_kernels.mlp_block import portable
+
+
+@torch.library.custom_op("molora::mlp_block_fwd", mutates_args=())
+def mlp_block_fwd(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    router_weights: list[Tensor],
+    router_biases: list[Tensor],
+    selection_biases: list[Tensor],
+    mask: Tensor | None,
+    dropout_seed: Tensor | None,
+    top_k: int,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """(y, sums, counts, what backward needs)"""
+    args = (x, weights, biases, lora_a, lora_b, router_weights, router_biases, selection_biases, mask, dropout_seed)
+    if backend_for(x.device) == "triton":
+        from molora_kernels.mlp_block import forward
+
+        return forward.forward(*args, top_k, scaling, dropout_p)
+    return portable.forward(*args, top_k, scaling, dropout_p)
+
+
+@mlp_block_fwd.register_fake
+def _(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    router_weights: list[Tensor],
+    router_biases: list[Tensor],
+    selection_biases: list[Tensor],
+    mask: Tensor | None,
+    dropout_seed: Tensor | None,
+    top_k: int,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    tokens, heads = x.shape[0], len(router_weights)
+    dtype = torch.promote_types(torch.float32, x.dtype)
+    y = x.new_empty(tokens, weights[2].shape[0])
+    pre = [x.new_empty(tokens, weights[i].shape[0]) for i in (0, 1)]
+    shrunk = [x.new_empty(tokens, lora_a[0].shape[0] * 2), x.new_empty(tokens, lora_a[2].shape[0])]
+    if not heads:
+        sums, counts = portable.no_routing(x)
+        return y, sums, counts, [*pre, *shrunk, *(x.new_empty(0) for _ in range(4))]
+    experts = router_weights[0].shape[0]
+
+    def routed(h: int) -> list[Tensor]:
+        return [x.new_empty(tokens, h, experts, dtype=dtype) if h else x.new_empty(0) for _ in range(2)]
+
+    sums = x.new_empty(heads, 1 + experts, dtype=dtype)
+    return (
+        y,
+        sums,
+        x.new_empty(heads, experts, dtype=dtype),
+        [*pre, *shrunk, *routed(min(heads, 2)), *routed(heads // 3)],
+    )
+
+
+@torch.library.custom_op("molora::mlp_block_bwd", mutates_args=())
+def mlp_block_bwd(
+    dy: Tensor,
+    dsums: Tensor | None,
+    x: Tensor,
+    weights: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    router_weights: list[Tensor],
+    saved: list[Tensor],
+    mask: Tensor | None,
+    dropout_seed: Tensor | None,
+    top_k: int,
+    scaling: float,
+    dropout_p: float,
+    need_dx: bool,
+    need_dlora: bool,
+    need_drouter: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """(dx, da, db, drouter_weights, drouter_biases); what is not needed is empty"""
+    args = (dy, dsums, x, weights, lora_a, lora_b, router_weights, saved, mask, dropout_seed, top_k, scaling, dropout_p)
+    if backend_for(x.device) == "triton":
+        from molora_kernels.mlp_block import backward
+
+        return backward.backward(*args, need_dx, need_dlora, need_drouter)
+    return portable.backward(*args, need_dx, need_dlora, need_drouter)
+
+
+@mlp_block_bwd.register_fake
+def _(
+    dy: Tensor,
+    dsums: Tensor | None,
+    x: Tensor,
+    weights: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    router_weights: list[Tensor],
+    saved: list[Tensor],
+    mask: Tensor | None,
+    dropout_seed: Tensor | None,
+    top_k: int,
+    scaling: float,
+    dropout_p: float,
+    need_dx: bool,
+    need_dlora: bool,
+    need_drouter: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    dtype = torch.promote_types(torch.float32, x.dtype)
+    routers = router_weights if need_drouter else []
+    return (
+        x.new_empty(x.shape) if need_dx else x.new_empty(0),
+        [a.new_empty(a.shape) for a in lora_a] if need_dlora else [],
+        [b.new_empty(b.shape) for b in lora_b] if need_dlora else [],
+        [w.new_empty(w.shape, dtype=dtype) for w in routers],
+        [w.new_empty(w.shape[0], dtype=dtype) for w in routers],
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    (x, weights, biases, lora_a, lora_b, router_weights, router_biases, selection_biases, mask, dropout_seed,
+     ctx.top_k, ctx.scaling, ctx.dropout_p) = inputs  # fmt: skip
+    *_, saved = output
+    ctx.counts = len(biases), len(router_weights), len(router_biases), len(selection_biases)
+    ctx.save_for_backward(x, *weights, *lora_a, *lora_b, *router_weights, mask, dropout_seed, *saved)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, dy: Tensor | None, dsums: Tensor | None, _dcounts: None, _dsaved: list[None]
+) -> tuple[Any, ...]:
+    biases, routers, router_biases, selection_biases = ctx.counts
+    x, *rest = ctx.saved_tensors
+    weights, lora_a, lora_b, rest = rest[:3], rest[3:6], rest[6:9], rest[9:]
+    router_weights, (mask, dropout_seed, *saved) = rest[:routers], rest[routers:]
+    needs = ctx.needs_input_grad
+    need_dx, need_dlora, need_drouter = needs[0], any(needs[3]) or any(needs[4]), any(needs[5]) or any(needs[6])
+    if dy is None:
+        dy = x.new_zeros(x.shape[0], weights[2].shape[0])
+    dx, da, db, drouter, drouter_bias = mlp_block_bwd(
+        dy, dsums, x, weights, lora_a, lora_b, router_weights, saved, mask, dropout_seed,
+        ctx.top_k, ctx.scaling, ctx.dropout_p, need_dx, need_dlora, need_drouter,
+    )  # fmt: skip
+    return (
+        dx if need_dx else None,
+        [None] * 3,
+        [None] * biases,
+        da if need_dlora else [None] * 3,
+        db if need_dlora else [None] * 3,
+        [d.to(w.dtype) for d, w in zip(drouter, router_weights, strict=True)] if need_drouter else [None] * routers,
+        drouter_bias if need_drouter and router_biases else [None] * router_biases,
+        [None] * selection_biases,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+mlp_block_fwd.register_autograd(_backward, setup_context=_setup_context)

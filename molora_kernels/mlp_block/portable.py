@@ -1,0 +1,124 @@
+"""The SwiGLU block with routed experts in plain PyTorch, hand-written backward: what the ``torch`` backend runs.
+
+Backward recomputes ``h = silu(h_gate) * h_up`` instead of saving it, so the block saves its input, the two
+pre-activations, the shrinks, gates and logits. That is less than autograd saves for the frozen block alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from molora_kernels.grouped_lora import portable as grouped_lora
+from molora_kernels.router import portable as router
+
+
+def forward(
+    x_TK: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    router_weights: list[Tensor],
+    router_biases: list[Tensor],
+    selection_biases: list[Tensor],
+    mask_T: Tensor | None,
+    dropout_seed: Tensor | None,
+    top_k: int,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """y, sums, counts, and what backward needs: [h_gate, h_up, s_in, s_down, gates_in, logits_in, gates_down,
+    logits_down], of which the gates and logits are empty where there is no such router."""
+
+    def route(x: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        bias = torch.stack(router_biases[part]) if router_biases else None
+        selection = torch.stack(selection_biases[part]) if selection_biases else None
+        return router.forward(x, torch.stack(router_weights[part]), bias, selection, mask_T, top_k)
+
+    gates_in = logits_in = gates_down = logits_down = None
+    sums, counts = no_routing(x_TK)
+    if router_weights:
+        gates_in, logits_in, sums, counts = route(x_TK, slice(0, 2))
+    (h_gate, h_up), s_in = grouped_lora.forward(
+        x_TK, weights[:2], biases[:2], lora_a[:2], lora_b[:2], gates_in, dropout_seed, scaling, dropout_p, 0
+    )
+    h = F.silu(h_gate).mul_(h_up)
+    if len(router_weights) == 3:
+        gates_down, logits_down, sums_down, counts_down = route(h, slice(2, 3))
+        sums, counts = torch.cat([sums, sums_down]), torch.cat([counts, counts_down])
+    (y,), s_down = grouped_lora.forward(
+        h, weights[2:], biases[2:], lora_a[2:], lora_b[2:], gates_in if gates_down is None else gates_down,
+        dropout_seed, scaling, dropout_p, 1,
+    )  # fmt: skip
+    routed = [x_TK.new_empty(0) if t is None else t for t in (gates_in, logits_in, gates_down, logits_down)]
+    return y, sums, counts, [h_gate, h_up, s_in, s_down, *routed]
+
+
+def backward(
+    dy_TK: Tensor,
+    dsums: Tensor | None,
+    x_TK: Tensor,
+    weights: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    router_weights: list[Tensor],
+    saved: list[Tensor],
+    mask_T: Tensor | None,
+    dropout_seed: Tensor | None,
+    top_k: int,
+    scaling: float,
+    dropout_p: float,
+    need_dx: bool,
+    need_dlora: bool,
+    need_drouter: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """dx, da, db (3 each), drouter_weights and drouter_biases (one per router); what is not needed is empty."""
+    h_gate, h_up, s_in, s_down, *routed = saved
+    gates_in, logits_in, gates_down, logits_down = (None if t.numel() == 0 and t.ndim == 1 else t for t in routed)
+    dtype = x_TK.dtype
+    need_dlogits = bool(router_weights) and (need_dx or need_drouter)
+    settings = (dropout_seed, scaling, dropout_p)
+
+    silu = F.silu(h_gate)
+    h = silu * h_up
+    dh, da_down, db_down, dgates_down = grouped_lora.backward(
+        [dy_TK], h, weights[2:], lora_a[2:], lora_b[2:], gates_in if gates_down is None else gates_down, s_down,
+        *settings, 1, True, need_dlora, need_dlogits,
+    )  # fmt: skip
+    dlogits = []
+    if need_dlogits and gates_down is not None and logits_down is not None:
+        dsums_down = None if dsums is None else dsums[2:]
+        dlogits_down = router.dlogits_of(dgates_down, dsums_down, logits_down, gates_down, mask_T, top_k)[:, 0]
+        dh.addmm_(dlogits_down.to(dtype), router_weights[2].to(dtype))
+        dlogits.append(dlogits_down)
+
+    dh_up = silu.mul_(dh)
+    dh_gate = torch.ops.aten.silu_backward(dh.mul_(h_up), h_gate)
+    dx, da_in, db_in, dgates_in = grouped_lora.backward(
+        [dh_gate, dh_up], x_TK, weights[:2], lora_a[:2], lora_b[:2], gates_in, s_in,
+        *settings, 0, need_dx, need_dlora, need_dlogits,
+    )  # fmt: skip
+    if need_dlogits and gates_in is not None and logits_in is not None:
+        if gates_down is None:
+            dgates_in = dgates_in + dgates_down
+        dsums_in = None if dsums is None else dsums[: gates_in.shape[1]]
+        dlogits_in = router.dlogits_of(dgates_in, dsums_in, logits_in, gates_in, mask_T, top_k)
+        if need_dx:
+            dx.addmm_(dlogits_in.flatten(1).to(dtype), torch.cat(router_weights[:2]).to(dtype))
+        dlogits = [*dlogits_in.unbind(1), *dlogits]
+
+    drouter_weights: list[Tensor] = []
+    drouter_biases: list[Tensor] = []
+    if need_drouter:
+        inputs = [x_TK] * (len(dlogits) - (gates_down is not None)) + [h] * (gates_down is not None)
+        drouter_weights = [d.T.mm(i.to(d.dtype)) for d, i in zip(dlogits, inputs, strict=True)]
+        drouter_biases = [d.sum(0) for d in dlogits]
+    da = [*(part.clone() for part in da_in.chunk(2)), da_down] if need_dlora else []
+    return dx, da, [*db_in, *db_down], drouter_weights, drouter_biases
+
+
+def no_routing(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums and counts of zero routers."""
+    return x.new_zeros(0, 2, dtype=torch.float32), x.new_zeros(0, 1, dtype=torch.float32)

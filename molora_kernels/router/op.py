@@ -1,0 +1,95 @@
+"""The router as PyTorch operators: schemas, fakes and the autograd formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molora_kernels.backend import backend_for
+from molora_kernels.router import portable
+
+
+@torch.library.custom_op("molora::router_fwd", mutates_args=())
+def router_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    selection_bias: Tensor | None,
+    mask: Tensor | None,
+    top_k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(gates, logits, sums, counts)"""
+    if backend_for(x.device) == "triton":
+        from molora_kernels.router import forward
+
+        return forward.forward(x, weight, bias, selection_bias, mask, top_k)
+    return portable.forward(x, weight, bias, selection_bias, mask, top_k)
+
+
+@router_fwd.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, selection_bias: Tensor | None, mask: Tensor | None, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    heads, experts, _ = weight.shape
+    dtype = torch.promote_types(torch.float32, x.dtype)
+    gates = x.new_empty(x.shape[0], heads, experts, dtype=dtype)
+    sums = x.new_empty(heads, 1 + experts, dtype=dtype)
+    return gates, torch.empty_like(gates), sums, x.new_empty(heads, experts, dtype=dtype)
+
+
+@torch.library.custom_op("molora::router_bwd", mutates_args=())
+def router_bwd(
+    dgates: Tensor | None,
+    dsums: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    gates: Tensor,
+    mask: Tensor | None,
+    top_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias)"""
+    if backend_for(x.device) == "triton":
+        from molora_kernels.router import backward
+
+        return backward.backward(dgates, dsums, x, weight, logits, gates, mask, top_k)
+    return portable.backward(dgates, dsums, x, weight, logits, gates, mask, top_k)
+
+
+@router_bwd.register_fake
+def _(
+    dgates: Tensor | None,
+    dsums: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    gates: Tensor,
+    mask: Tensor | None,
+    top_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, experts, features = weight.shape
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        logits.new_empty(heads, experts, features),
+        logits.new_empty(heads, experts),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _, mask, ctx.top_k = inputs
+    gates, logits, _, _ = output
+    ctx.save_for_backward(x, weight, bias, mask, logits, gates)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dgates: Tensor | None, _dlogits: None, dsums: Tensor | None, _dcounts: None) -> tuple[Any, ...]:
+    x, weight, bias, mask, logits, gates = ctx.saved_tensors
+    if dgates is None and dsums is None:
+        return (None,) * 6
+    dx, dweight, dbias = router_bwd(dgates, dsums, x, weight, logits, gates, mask, ctx.top_k)
+    return dx, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), None, None, None
+
+
+router_fwd.register_autograd(_backward, setup_context=_setup_context)

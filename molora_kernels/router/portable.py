@@ -1,0 +1,106 @@
+"""The router in plain PyTorch with a hand-written backward: what the ``torch`` backend runs.
+
+Shape letters: T tokens, K input features, H routers that read the same input, E experts. All router arithmetic is
+fp32 (fp64 for fp64 inputs), whatever the dtype of x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def forward(
+    x_TK: Tensor,
+    weight_HEK: Tensor,
+    bias_HE: Tensor | None,
+    selection_bias_HE: Tensor | None,
+    mask_T: Tensor | None,
+    top_k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gates (T, H, E), logits (T, H, E), sums (H, 1 + E), counts (H, E)."""
+    heads, experts, features = weight_HEK.shape
+    dtype = torch.promote_types(torch.float32, x_TK.dtype)
+    weight = weight_HEK.reshape(heads * experts, features).to(dtype)
+    logits = torch.mm(x_TK.to(dtype), weight.T).view(-1, heads, experts)
+    if bias_HE is not None:
+        logits += bias_HE.to(dtype)
+    probs = torch.softmax(logits, dim=-1)
+    chosen = _choose(logits if selection_bias_HE is None else probs + selection_bias_HE.to(dtype), top_k)
+
+    gates = probs * chosen
+    if top_k > 1:
+        gates /= gates.sum(-1, keepdim=True)
+
+    squared_lse = torch.logsumexp(logits, dim=-1, keepdim=True).square_()
+    terms = torch.cat([squared_lse, probs], dim=-1)
+    if mask_T is None:
+        return gates, logits, terms.sum(0), chosen.sum(0)
+    # select, do not multiply: a padding token may hold anything, and NaN * 0 is NaN
+    valid = mask_T.bool()[:, None, None]
+    return gates, logits, terms.where(valid, 0.0).sum(0), chosen.where(valid, 0.0).sum(0)
+
+
+def _choose(scores_THE: Tensor, top_k: int) -> Tensor:
+    """One where an expert is among the ``top_k`` best, else zero; ties go to the lower index.
+
+    ``torch.topk`` promises no order among ties; ``argmax`` promises the first maximum.
+    """
+    chosen = torch.zeros_like(scores_THE)
+    left = scores_THE.clone()
+    for _ in range(top_k):
+        best = left.argmax(-1, keepdim=True)
+        chosen.scatter_(-1, best, 1.0)
+        left.scatter_(-1, best, float("-inf"))
+    return chosen
+
+
+def backward(
+    dgates_THE: Tensor | None,
+    dsums_HS: Tensor | None,
+    x_TK: Tensor,
+    weight_HEK: Tensor,
+    logits_THE: Tensor,
+    gates_THE: Tensor,
+    mask_T: Tensor | None,
+    top_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (T, K) in x's dtype, dweight (H, E, K) and dbias (H, E) in the router's dtype."""
+    heads, experts, features = weight_HEK.shape
+    dlogits = dlogits_of(dgates_THE, dsums_HS, logits_THE, gates_THE, mask_T, top_k)
+    flat = dlogits.view(-1, heads * experts)
+    weight = weight_HEK.reshape(heads * experts, features).to(flat.dtype)
+    dx = torch.mm(flat, weight).to(x_TK.dtype)
+    dweight = torch.mm(flat.T, x_TK.to(flat.dtype)).view(heads, experts, features)
+    return dx, dweight, dlogits.sum(0)
+
+
+def dlogits_of(
+    dgates_THE: Tensor | None,
+    dsums_HS: Tensor | None,
+    logits_THE: Tensor,
+    gates_THE: Tensor,
+    mask_T: Tensor | None,
+    top_k: int,
+) -> Tensor:
+    """(T, H, E): the gradient of the logits from the gates and from the sums that the router losses read.
+
+    Renormalised gates are a softmax over the chosen logits, so with h_e = g_e dg_e
+    ``dlogit_e = h_e - g_e sum_j h_j``; for k = 1 the gate is p itself and p takes the place of g in the second term.
+    Of the sums, z gives ``2 lse p_e``, and the probability sums with upstream w give ``p_e (w_e - sum_j w_j p_j)``.
+    """
+    probs = torch.softmax(logits_THE, dim=-1)
+    if dgates_THE is None:
+        dlogits = torch.zeros_like(logits_THE)
+    else:
+        weighted = gates_THE * dgates_THE
+        share = gates_THE if top_k > 1 else probs
+        dlogits = weighted - share * weighted.sum(-1, keepdim=True)
+    if dsums_HS is not None:
+        dz, dprob = dsums_HS[:, :1], dsums_HS[:, 1:]
+        lse = torch.logsumexp(logits_THE, dim=-1, keepdim=True)
+        from_sums = probs * (dprob - (probs * dprob).sum(-1, keepdim=True) + 2.0 * dz * lse)
+        if mask_T is not None:
+            from_sums = from_sums.where(mask_T.bool()[:, None, None], 0.0)
+        dlogits = dlogits + from_sums
+    return dlogits
