@@ -8,6 +8,7 @@ wrong and, for a misspelt key, what was probably meant.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -170,7 +171,7 @@ class Training(Section):
         steps = [phase.step for phase in self.phases]
         if steps[0] != 0:
             raise ValueError(f"phases.0.step is {steps[0]}: the first phase starts at step 0")
-        if any(late <= early for early, late in zip(steps, steps[1:], strict=False)):
+        if any(late <= early for early, late in itertools.pairwise(steps)):
             raise ValueError(f"phases are out of order: their steps are {steps} and must rise")
         return self
 
@@ -185,7 +186,9 @@ class Training(Section):
         counts = ("warmup_steps", "max_train_steps", "val_steps", "save_steps", "log_steps")
         changed: dict[str, Any] = {name: convert(getattr(self, name)) for name in counts}
         changed["phases"] = [phase.model_copy(update={"step": convert(phase.step)}) for phase in self.phases]
-        return check(Training, self.model_dump() | {k: _dump(v) for k, v in changed.items()} | {"step_unit": "optimizer"})
+        return check(
+            Training, self.model_dump() | {k: _dump(v) for k, v in changed.items()} | {"step_unit": "optimizer"}
+        )
 
 
 class Data(Section):
@@ -251,13 +254,15 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?(?:[eE][-+]?\d+)$|^[-+]?\d[\d_]*\.\d*$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?(?:[eE][-+]?\d+)$|^[-+]?\d[\d_]*\.\d*$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 
 
 def parse_value(text: str) -> Any:
-    """The value of a ``--set key=text``: YAML, so that ``3``, ``1e-5``, ``true``, ``[a, b]`` and ``null`` mean themselves."""
+    """The value of a ``--set key=text``, read as YAML: ``3``, ``1e-5``, ``true``, ``[a, b]``, ``null``."""
     return yaml.load(text, Loader=_Loader)
 
 
@@ -349,7 +354,9 @@ def _assign(tree: dict[str, Any], keys: list[str], value: Any, override: str) ->
             child = _default_at(keys[: depth + 1])
             node[slot] = child
         if not isinstance(child, dict | list):
-            raise UserError(f"--set {override!r}: {'.'.join(keys[: depth + 1])} is a value, it has no key {keys[depth + 1]!r}")
+            raise UserError(
+                f"--set {override!r}: {'.'.join(keys[: depth + 1])} is a value, it has no key {keys[depth + 1]!r}"
+            )
         node = child
 
 

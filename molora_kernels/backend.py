@@ -22,7 +22,7 @@ _log = logging.getLogger("molora_kernels")
 _choice: Backend = "auto"
 
 
-class use_backend:  # noqa: N801 - used like a function; as a context manager it undoes itself
+class use_backend:
     """Choose the backend for all calls from here on, or for a ``with`` block.
 
     >>> use_backend("torch")            # doctest: +SKIP
@@ -38,7 +38,7 @@ class use_backend:  # noqa: N801 - used like a function; as a context manager it
             raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(get_args(Backend))}")
         if name == "triton" and not _triton_installed():
             raise RuntimeError("backend 'triton' needs the package triton: pip install triton, or choose 'torch'")
-        self._previous = _choice
+        self._previous: Backend = _choice
         _choice = name
 
     def __enter__(self) -> use_backend:

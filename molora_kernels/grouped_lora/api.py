@@ -89,8 +89,9 @@ def _check(
             or b.shape != (weight.shape[0], rank)
         ):
             raise ValueError(
-                f"grouped_lora: projection {g} has weight {tuple(weight.shape)}, A {tuple(a.shape)}, B {tuple(b.shape)} "
-                f"for x {tuple(x.shape)}; expected (N, {features}), ({rank}, {features}), (N, {rank})"
+                f"grouped_lora: projection {g} has weight {tuple(weight.shape)}, A {tuple(a.shape)}, "
+                f"B {tuple(b.shape)} for x {tuple(x.shape)}; expected (N, {features}), ({rank}, {features}), "
+                f"(N, {rank})"
             )
         if weight.dtype != x.dtype:
             raise ValueError(f"grouped_lora: x is {x.dtype} but weight {g} is {weight.dtype}")

@@ -22,7 +22,7 @@ def grouped_lora(
     kept_TK: Tensor | None,
     keep_scale: float,
 ) -> list[Tensor]:
-    """One (T, N) output per projection. ``kept_TK`` (bool) and ``keep_scale`` are the dropout of the adapters' input."""
+    """One (T, N) output per projection; ``kept_TK`` (bool) and ``keep_scale`` are the adapters' dropout."""
     dropped = x_TK if kept_TK is None else torch.where(kept_TK, x_TK * keep_scale, 0)
     outputs = []
     for g, (weight, a, b) in enumerate(zip(weights_NK, lora_a_RK, lora_b_NR, strict=True)):

@@ -28,10 +28,10 @@ def mlp_block(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, K), sums (H, 1 + E), counts (H, E) with H = 0, 1 or 3 routers; see :func:`molora_kernels.mlp_block`."""
 
-    def kept(rows: int, columns: int, stream: int) -> Tensor | None:
+    def kept(x: Tensor, stream: int) -> Tensor | None:
         if not dropout_p or dropout_seed is None:
             return None
-        return dropout_mask(dropout_seed, rows, columns, dropout_p, stream)
+        return dropout_mask(dropout_seed, x.shape[0], x.shape[1], dropout_p, stream)
 
     def route(x: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         bias = torch.stack(router_biases[part]) if router_biases else None
@@ -43,7 +43,7 @@ def mlp_block(
     if router_weights:
         gates_in, sums, counts = route(x_TK, slice(0, 2))
     h_gate, h_up = grouped_lora(
-        x_TK, weights[:2], biases[:2], lora_a[:2], lora_b[:2], gates_in, scaling, kept(*x_TK.shape, 0), scale
+        x_TK, weights[:2], biases[:2], lora_a[:2], lora_b[:2], gates_in, scaling, kept(x_TK, 0), scale
     )
     h = F.silu(h_gate) * h_up
     gates_down = gates_in
@@ -51,9 +51,7 @@ def mlp_block(
         gates_down, sums_down, counts_down = route(h, slice(2, 3))
         assert sums is not None and counts is not None
         sums, counts = torch.cat([sums, sums_down]), torch.cat([counts, counts_down])
-    (y,) = grouped_lora(
-        h, weights[2:], biases[2:], lora_a[2:], lora_b[2:], gates_down, scaling, kept(*h.shape, 1), scale
-    )
+    (y,) = grouped_lora(h, weights[2:], biases[2:], lora_a[2:], lora_b[2:], gates_down, scaling, kept(h, 1), scale)
     if sums is None or counts is None:
         sums, counts = x_TK.new_zeros(0, 2, dtype=torch.float32), x_TK.new_zeros(0, 1, dtype=torch.float32)
     return y, sums, counts
