@@ -1,0 +1,31 @@
+"""What every kernel test needs: a device, and memory whose old content would be noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory holds NaN (integers: a large value), so that an element that no kernel writes shows."""
+
+    def fill(t: torch.Tensor) -> torch.Tensor:
+        if t.is_floating_point():
+            return t.fill_(float("nan"))
+        return t if t.dtype == torch.bool else t.fill_(torch.iinfo(t.dtype).max // 3)
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        original = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, _original=original, **k: fill(_original(*a, **k)))
+    for name in ("new_empty", "new_empty_strided"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, _original=original, **k: fill(_original(*a, **k)))
+    yield
