@@ -1,0 +1,63 @@
+"""Rows of training data, JSONL files of them, and when two rows ask the same question."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from molora.errors import UserError
+from molora.prepare import files
+
+Row = dict[str, Any]
+
+
+def question_key(text: str) -> str:
+    """What stays the same when a question is merely written differently: its letters, digits, ``+`` and ``-``.
+
+    Case, spaces and punctuation go (Korean writers differ about spaces); the signs stay, or ``6 + 7`` would be
+    ``6 - 7``.
+    """
+    return re.sub(r"[^\w+-]|_", "", unicodedata.normalize("NFKC", text).casefold())
+
+
+def check_disjoint(train: Iterable[Row], bench: Iterable[Row]) -> None:
+    """Assert that no question of ``bench`` is in ``train``: a bench that was trained on measures memory."""
+    shared = {question_key(row["prompt"]) for row in train} & {question_key(row["prompt"]) for row in bench}
+    assert not shared, f"{len(shared)} questions are in both train and bench, e.g. {sorted(shared)[:3]}"
+
+
+def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    """One JSON object a line, UTF-8; the same rows give the same bytes."""
+    files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """All rows of a file. Blank lines pass; what is not a JSON object is a :class:`UserError` with file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})") from error
+        if not isinstance(row, dict):
+            raise UserError(
+                f'{path}, line {number}: expected an object such as {{"prompt": …}}, found {line.strip()[:40]}'
+            )
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: holds no rows")
+    return rows
