@@ -1,7 +1,7 @@
 """Kernels for routed mixtures of LoRA experts. Depends on torch, and on Triton where there is a GPU for it."""
 
 from molora_kernels.backend import backend_for, use_backend
-from molora_kernels.dropout import dropout_mask
+from molora_kernels.dropout import dropout_mask, new_dropout_seed
 from molora_kernels.grouped_lora.api import grouped_lora
 from molora_kernels.mlp_block.api import MlpOutput, Projection, Router, mlp_block
 from molora_kernels.router.api import Routing, router
@@ -15,6 +15,7 @@ __all__ = [
     "dropout_mask",
     "grouped_lora",
     "mlp_block",
+    "new_dropout_seed",
     "router",
     "use_backend",
 ]

@@ -49,6 +49,11 @@ class use_backend:
         _choice = self._previous
 
 
+def reference_chosen() -> bool:
+    """Whether calls run the reference, outside the operators. Without side effects, so that torch.compile traces it."""
+    return _choice == "reference"
+
+
 def backend_for(device: torch.device) -> Resolved:
     """The backend that a tensor on ``device`` runs on under the present choice."""
     if _choice != "auto":

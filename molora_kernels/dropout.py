@@ -28,6 +28,12 @@ def survivor_scale(p: float) -> float:
     return 65536 / (65536 - threshold(p))
 
 
+def new_dropout_seed(device: torch.device) -> Tensor:
+    """A fresh () int64 seed, drawn on ``device`` by its own generator: no synchronisation with the host, and activation
+    checkpointing, which restores that generator before it recomputes, draws the same one."""
+    return torch.randint(0, 2**63 - 1, (), device=device)
+
+
 def dropout_mask(seed: Tensor, rows: int, columns: int, p: float, stream: int = 0) -> Tensor:
     """Which elements of a ``(rows, columns)`` input are kept.
 

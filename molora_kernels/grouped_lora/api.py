@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from molora_kernels.backend import backend_for
+from molora_kernels.backend import reference_chosen
 from molora_kernels.dropout import dropout_mask, survivor_scale
 from molora_kernels.grouped_lora import op, reference
 
@@ -54,7 +53,7 @@ def grouped_lora(
     flat = x.reshape(-1, features)
     flat_gates = None if gates is None else gates.reshape(-1, *gates.shape[-2:])
     lists = (list(weights), list(biases), list(lora_a), list(lora_b))
-    if backend_for(x.device) == "reference":
+    if reference_chosen():
         kept = None
         if dropout_p and dropout_seed is not None:
             kept = dropout_mask(dropout_seed, flat.shape[0], features, dropout_p, stream)
@@ -108,9 +107,3 @@ def _check(
         raise ValueError(f"grouped_lora: dropout_p={dropout_p} must lie in [0, 1)")
     if dropout_p and dropout_seed is None:
         raise ValueError("grouped_lora: dropout_p > 0 needs dropout_seed, an int64 scalar tensor on x's device")
-
-
-def new_dropout_seed(device: torch.device) -> Tensor:
-    """A fresh () int64 seed from the device's own generator: no host synchronisation, and recomputation under
-    activation checkpointing, which restores that generator, draws the same one."""
-    return torch.randint(0, 2**63 - 1, (), device=device)

@@ -1,0 +1,350 @@
+"""Models on disk: load a frozen base, write an adapter folder, read one back strictly.
+
+An adapter folder holds ``adapter.safetensors`` (every LoRA and router tensor, fp32, by its full parameter name) and
+``molora.json`` (the true base model, the shape of the injection, a checksum of the tensors and a fingerprint of the
+base). A stage that starts from such a folder gets its routers too, however many stages came before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from molora.config import Config, Injection, Model, MoE, check
+from molora.errors import UserError
+from molora.layers import LoraLinear, Router
+from molora.patch import State, inject
+
+WEIGHTS, MANIFEST, FORMAT = "adapter.safetensors", "molora.json", 1
+
+# Injection keys that fix the shape or the meaning of saved tensors; the others may differ from stage to stage.
+_SHAPE_KEYS = (
+    "strategy", "num_experts", "top_k", "lora_r", "lora_alpha", "target_keywords", "start_layer", "num_layers",
+    "stride", "layer_indices", "attn_lora",
+)  # fmt: skip
+
+
+def build(config: Config) -> tuple[nn.Module, Any]:
+    """The model that training starts from: base, adapters, and the weights of the stage before if there was one.
+
+    ``config.model_name`` names a base model (folder or hub name) or an adapter folder. Returns (model, tokenizer).
+
+    Raises:
+        UserError: nothing by that name, a backbone of another kind, or an adapter of another shape or base.
+    """
+    if config.model_name is None:
+        raise UserError("model_name is missing: --set model_name=FOLDER (a model, or the final/ folder of a stage)")
+    folder = Path(config.model_name)
+    device = pick_device(config.device)
+    if not is_adapter(folder):
+        model, tokenizer = load_base(config.model_name, config.model, device)
+        _check_backbone(config, model)
+        return inject(model, config), tokenizer
+    manifest = read_manifest(folder)
+    _check_same_shape(folder, manifest, config)
+    model, tokenizer = load_base(_locate_base(folder, manifest), config.model, device)
+    _check_backbone(config, model)
+    inject(model, config)
+    load_weights(model, folder)
+    return model, _tokenizer(folder) or tokenizer
+
+
+def load(name: str | Path, device: str = "auto", precision: str = "auto") -> tuple[nn.Module, Any]:
+    """A base model, or the model of an adapter folder, in evaluation mode. Returns (model, tokenizer).
+
+    Args:
+        name: adapter folder (such as a stage's ``final``), model folder, or hub name.
+        device: as the configuration's ``device``.
+        precision: as ``model.load_precision.mode``.
+
+    Raises:
+        UserError: as :func:`build`; also for truncated or corrupt adapter files.
+    """
+    folder = Path(name)
+    model_config = check(Model, {"load_precision": {"mode": precision}})
+    if not is_adapter(folder):
+        model, tokenizer = load_base(str(name), model_config, pick_device(device))
+        return model.eval(), tokenizer
+    manifest = read_manifest(folder)
+    model, tokenizer = load_base(_locate_base(folder, manifest), model_config, pick_device(device))
+    inject(
+        model,
+        check(Injection, manifest["injection"], where=str(folder)),
+        check(MoE, manifest["moe"], where=str(folder)),
+    )
+    load_weights(model, folder)
+    return model.eval(), _tokenizer(folder) or tokenizer
+
+
+# --- the frozen base ---------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU; anything else is checked and taken as it is."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device: {name!r} is no device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device: {name!r} was asked for, but PyTorch sees no CUDA GPU; use device: auto or cpu")
+    return device
+
+
+def load_base(name: str, config: Model, device: torch.device) -> tuple[nn.Module, Any]:
+    """A transformers causal LM in the configured precision, and its tokenizer.
+
+    Raises:
+        UserError: nothing by that name, or a precision that is not to be had here.
+    """
+    precision = config.load_precision.mode
+    if precision in ("int8", "int4"):
+        raise UserError(f"model.load_precision.mode: {precision} bases are not supported yet; use auto, bf16 or fp32")
+    local = Path(name).is_dir()
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1 or not name):
+        raise UserError(f"model_name: no folder {name!r} here")
+    kwargs: dict[str, Any] = (
+        {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, local_files_only=local, trust_remote_code=config.trust_remote_code
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=_dtype(precision, device),
+            local_files_only=local,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            **kwargs,
+        )
+    except (OSError, ValueError, SafetensorError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model_name: {name!r} cannot be loaded as a causal language model ({reason}); give a folder with "
+            "config.json, safetensors weights and tokenizer, or the name of a model on the Hugging Face hub"
+        ) from error
+    model.config.use_cache = True
+    model.molora_base = name  # type: ignore[assignment] # the name that save_adapter writes down
+    model.to(device)  # type: ignore[arg-type] # transformers narrows the signature of Module.to
+    return model, tokenizer
+
+
+def _dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision == "auto":
+        fast_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_fast_bf16()
+        return torch.bfloat16 if fast_bf16 else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, AMX or Arm's BF16); without it bf16 is slower."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def _check_backbone(config: Config, model: nn.Module) -> None:
+    kind = getattr(model.config, "model_type", None)
+    if config.backbone is not None and config.backbone != kind:
+        raise UserError(f"backbone: {config.backbone!r}, but {config.model_name!r} is a {kind!r} model")
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Tells base models of one shape apart: a hash over the first elements of each frozen tensor, read as bf16 so
+    that the precision of loading does not matter."""
+    adapters = {id(p) for _, p in _adapter_tensors(model)}
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if id(parameter) not in adapters:
+            head = parameter.detach().flatten()[:64].to("cpu", torch.bfloat16).view(torch.int16)
+            digest.update(repr(tuple(parameter.shape)).encode() + bytes(head.numpy().tobytes()))
+    return digest.hexdigest()
+
+
+# --- adapter folders ---------------------------------------------------------------------------------------------
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether ``folder`` is (or claims to be) an adapter folder."""
+    return (folder / MANIFEST).is_file() or (folder / WEIGHTS).is_file()
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> Path:
+    """Write the model's LoRA and router tensors and their manifest to ``folder``, which is created.
+
+    Files are written aside, flushed to disk and renamed, the manifest last: a folder with a manifest is whole.
+
+    Raises:
+        ValueError: the model has no adapters.
+        OSError: the disk is full or not writable; older files are untouched.
+    """
+    state = _state(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in _adapter_tensors(model)}
+    weights = folder / WEIGHTS
+    aside = weights.with_suffix(".tmp")
+    save_file(tensors, aside, metadata={"format": "pt"})
+    manifest = {
+        "format": FORMAT,
+        "base_model": _base_name(model),
+        "base_fingerprint": base_fingerprint(model),
+        "injection": state.injection.model_dump(),
+        "moe": state.moe.model_dump(),
+        "routers": state.ledger.names,
+        "sha256": file_sha256(aside),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    _replace(aside, weights)
+    aside = folder / (MANIFEST + ".tmp")
+    aside.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    _replace(aside, folder / MANIFEST)
+    return folder
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Load an adapter folder into a model that has the same adapters, strictly: every tensor used, every one found.
+
+    Raises:
+        UserError: missing, truncated or altered files; tensors missing, left over or of another shape; another base.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{path}: missing; the folder is incomplete, use another checkpoint")
+    if file_sha256(path) != manifest["sha256"]:
+        raise UserError(f"{path}: its checksum differs from {MANIFEST}'s: truncated or altered; use another checkpoint")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); use another checkpoint") from error
+    fingerprint = base_fingerprint(model)
+    if manifest.get("base_fingerprint") != fingerprint:
+        raise UserError(
+            f"{folder}: the adapter was trained on another base model than the one loaded "
+            f"({manifest['base_model']!r} when it was saved); load it on its own base"
+        )
+    own = dict(_adapter_tensors(model))
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [
+        f"{name} is {tuple(tensors[name].shape)} in the file and {tuple(own[name].shape)} in the model"
+        for name in sorted(own.keys() & tensors.keys())
+        if own[name].shape != tensors[name].shape
+    ]
+    if missing or extra or shapes:
+        raise UserError(
+            f"{path} does not fit the model: "
+            + "; ".join(
+                filter(
+                    None, [_listed("missing", missing), _listed("not in the model", extra), _listed("shapes", shapes)]
+                )
+            )
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """``molora.json`` as a mapping with the keys that this version needs; :class:`UserError` otherwise."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: missing or not readable ({error}); the folder is no whole adapter folder") from error
+    needed = {"format", "base_model", "injection", "moe", "sha256"}
+    if not isinstance(manifest, dict) or not needed <= manifest.keys():
+        raise UserError(f"{path}: not an adapter manifest; it needs the keys {sorted(needed)}")
+    if manifest["format"] != FORMAT:
+        raise UserError(f"{path}: written in format {manifest['format']}; this version of molora reads {FORMAT}")
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_same_shape(folder: Path, manifest: dict[str, Any], config: Config) -> None:
+    saved, wanted = manifest["injection"], config.injection.model_dump()
+    differ = [
+        f"{key} is {saved.get(key)!r} there, {wanted[key]!r} here"
+        for key in _SHAPE_KEYS
+        if saved.get(key) != wanted[key]
+    ]
+    for key in ("router_scope",):
+        there, here = manifest["moe"].get(key), getattr(config.moe, key)
+        if there != here:
+            differ.append(f"moe.{key} is {there!r} there, {here!r} here")
+    if differ:
+        raise UserError(f"{folder}: its adapter has another shape than this configuration: " + "; ".join(differ))
+
+
+def _adapter_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Every adapter parameter and router buffer by full name."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLinear | Router):
+            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            tensors.update((f"{path}.{name}", tensor) for name, tensor in own)
+    return list(tensors.items())
+
+
+def _state(model: nn.Module) -> State:
+    state = getattr(model, "molora", None)
+    if not isinstance(state, State):
+        raise ValueError("the model has no molora adapters; call molora.inject(model, config) first")
+    return state
+
+
+def _base_name(model: nn.Module) -> str:
+    """The base as given; a local folder as an absolute path, so that the adapter loads from any working folder."""
+    name = getattr(model, "molora_base", None) or getattr(model.config, "_name_or_path", "")
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def _locate_base(folder: Path, manifest: dict[str, Any]) -> str:
+    name = manifest["base_model"]
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise UserError(
+            f"{folder / MANIFEST}: its base model {name!r} is gone; put it back or edit base_model to where it is now"
+        )
+    return name
+
+
+def _tokenizer(folder: Path) -> Any:
+    return (
+        AutoTokenizer.from_pretrained(folder, local_files_only=True) if (folder / "tokenizer.json").is_file() else None
+    )
+
+
+def _replace(aside: Path, target: Path) -> None:
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, target)
+
+
+def _listed(label: str, items: list[str], most: int = 4) -> str:
+    if not items:
+        return ""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return f"{label}: {', '.join(items[:most])}{more}"

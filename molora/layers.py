@@ -1,0 +1,192 @@
+"""The modules that patching puts in place: a linear with LoRA experts, and the MLP made of three of them.
+
+The only module of molora that calls the kernels. Shape letters: K input features, N output features, E experts,
+r rank of one expert.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import molora_kernels
+from molora import routing
+from molora.config import Group
+
+
+class Router(nn.Module):
+    """Weights of a softmax router over E experts, fp32 whatever the model's dtype."""
+
+    def __init__(self, features: int, experts: int, device: torch.device, selection_bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, features, device=device, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(experts, device=device, dtype=torch.float32))
+        self.selection_bias: Tensor | None
+        bias = torch.zeros(experts, device=device, dtype=torch.float32) if selection_bias else None
+        self.register_buffer("selection_bias", bias)
+        # Small random weights: the logits of normalised activations start near unit scale, and no two experts tie.
+        nn.init.normal_(self.weight, std=0.02)
+
+    def weights(self) -> molora_kernels.Router:
+        return molora_kernels.Router(self.weight, self.bias, self.selection_bias)
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear and its LoRA experts: ``y = x W^T + b + (alpha / r) sum_e g_e B_e A_e dropout(x)``.
+
+    With one expert and no router it is a plain LoRA. Parameters are fp32 masters of any base dtype.
+
+    Attributes:
+        base: the frozen ``nn.Linear`` (N, K) that this module replaced.
+        lora_a: (E * r, K) fp32; expert e owns rows ``e*r : (e+1)*r``.
+        lora_b: (N, E * r) fp32, likewise by columns.
+        router: the projection's own router, or None.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        *,
+        group: Group,
+        experts: int,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        init_b_std: float,
+        router: Router | None,
+    ) -> None:
+        super().__init__()
+        device = base.weight.device
+        self.base = base
+        self.group: Group = group
+        self.experts, self.rank, self.dropout = experts, rank, dropout
+        self.scaling = alpha / rank
+        total = experts * rank
+        self.lora_a = nn.Parameter(torch.empty(total, base.in_features, device=device, dtype=torch.float32))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, total, device=device, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        if init_b_std > 0:
+            nn.init.normal_(self.lora_b, std=init_b_std)
+        self.router = router
+        self.shared = SharedInput([self])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(self, x)
+
+    def projection(self) -> molora_kernels.Projection:
+        return molora_kernels.Projection(self.base.weight, self.lora_a, self.lora_b, self.base.bias)
+
+    def extra_repr(self) -> str:
+        return f"group={self.group}, experts={self.experts}, rank={self.rank}, scaling={self.scaling:g}"
+
+
+class SharedInput:
+    """Projections of one kind that read one tensor: computed together when the first is called.
+
+    The layer still calls them one by one (``q_proj(x)``, ``k_proj(x)``, …). The first call computes all outputs and
+    keeps the rest until they are asked for with the same tensor; any other tensor starts afresh.
+    """
+
+    def __init__(self, members: list[LoraLinear]) -> None:
+        self.members = members
+        self.ledger: routing.Ledger | None = None
+        self.rows = slice(0, 0)
+        self._x: Tensor | None = None
+        self._waiting: dict[int, Tensor] = {}
+
+    def __call__(self, member: LoraLinear, x: Tensor) -> Tensor:
+        i = 0 if len(self.members) == 1 else next(j for j, m in enumerate(self.members) if m is member)
+        if self._x is not x or i not in self._waiting:
+            self._x, self._waiting = x, dict(enumerate(self._compute(x)))
+        y = self._waiting.pop(i)
+        if not self._waiting:
+            self._x = None
+        return y
+
+    def _compute(self, x: Tensor) -> list[Tensor]:
+        first = self.members[0]
+        routers = [m.router for m in self.members if m.router is not None]
+        gates = routed = None
+        if routers:
+            assert self.ledger is not None
+            record = self.ledger.current
+            biases: list[Tensor] = [r.selection_bias for r in routers if r.selection_bias is not None]
+            routed = molora_kernels.router(
+                x,
+                torch.stack([r.weight for r in routers]),
+                torch.stack([r.bias for r in routers]),
+                top_k=self.ledger.top_k,
+                mask=None if record is None else record.mask,
+                selection_bias=torch.stack(biases) if biases else None,
+            )
+            gates = routed.gates
+        dropout = first.dropout if first.training else 0.0
+        outputs = molora_kernels.grouped_lora(
+            x,
+            [m.base.weight for m in self.members],
+            [m.lora_a for m in self.members],
+            [m.lora_b for m in self.members],
+            scaling=first.scaling,
+            gates=gates,
+            biases=_biases(self.members),
+            dropout_p=dropout,
+            dropout_seed=molora_kernels.new_dropout_seed(x.device) if dropout else None,
+        )
+        if routed is None or self.ledger is None:
+            return list(outputs)
+        return [
+            routing.collect(self.ledger, self.rows, outputs[0], routed.sums, routed.counts),
+            *outputs[1:],
+        ]
+
+
+class LoraMLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` with LoRA experts on all three projections, run as one kernel call.
+
+    Has the children of the MLP that it replaces, under their own names. ``router`` is set when one router serves the
+    block; else each projection has its own.
+    """
+
+    def __init__(self, names: tuple[str, str, str], projections: list[LoraLinear], router: Router | None) -> None:
+        super().__init__()
+        self.names = names
+        for name, projection in zip(names, projections, strict=True):
+            self.add_module(name, projection)
+        self.router = router
+        self.ledger: routing.Ledger | None = None
+        self.rows = slice(0, 0)
+
+    def projections(self) -> list[LoraLinear]:
+        return [self.get_submodule(name) for name in self.names]  # type: ignore[misc] # LoraLinear, by construction
+
+    def routers(self) -> list[Router]:
+        if self.router is not None:
+            return [self.router]
+        return [p.router for p in self.projections() if p.router is not None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = self.projections()
+        record = None if self.ledger is None else self.ledger.current
+        dropout = gate.dropout if self.training else 0.0
+        out = molora_kernels.mlp_block(
+            x,
+            gate.projection(),
+            up.projection(),
+            down.projection(),
+            [router.weights() for router in self.routers()],
+            top_k=1 if self.ledger is None else self.ledger.top_k,
+            scaling=gate.scaling,
+            mask=None if record is None else record.mask,
+            dropout_p=dropout,
+            dropout_seed=molora_kernels.new_dropout_seed(x.device) if dropout else None,
+        )
+        return out.y if self.ledger is None else routing.collect(self.ledger, self.rows, out.y, out.sums, out.counts)
+
+
+def _biases(members: list[LoraLinear]) -> list[Tensor]:
+    """The members' biases, with zeros for those that have none; nothing if none has one."""
+    if all(m.base.bias is None for m in members):
+        return []
+    return [m.base.weight.new_zeros(m.base.out_features) if m.base.bias is None else m.base.bias for m in members]

@@ -1,0 +1,261 @@
+"""Put adapters into a model and take them out again: in place, per instance, reversible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from molora.config import Config, Group, Injection, MoE, check
+from molora.errors import UserError
+from molora.families import Family, family_of
+from molora.layers import LoraLinear, LoraMLP, Router, SharedInput
+from molora.routing import Ledger
+
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
+
+
+@dataclass
+class State:
+    """What :func:`inject` did to a model; lives at ``model.molora``."""
+
+    injection: Injection
+    moe: MoE
+    ledger: Ledger = field(default_factory=Ledger)
+    routers: list[Router] = field(default_factory=list)
+    """In the order of the ledger's rows."""
+    replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    """(parent, attribute, original module)"""
+    unfrozen: list[nn.Parameter] = field(default_factory=list)
+    """Base parameters that required grad before."""
+
+
+def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe: MoE | None = None) -> AnyModel:
+    """Freeze ``model`` and put adapters on its projections, in place.
+
+    Args:
+        model: a transformers causal LM of a family in ``molora/families.py``.
+        config: a whole configuration, its ``injection`` section, or a mapping with the keys of either.
+        moe: the router settings where ``config`` does not hold them.
+
+    Returns:
+        ``model``. With ``init_b_std = 0`` its outputs are bit for bit those from before.
+
+    Raises:
+        UserError: unknown family, a keyword that matches no projection, a layer index out of range, a router scope
+            that the targets do not allow, or a model that has adapters already.
+    """
+    injection, moe = _sections(config, moe)
+    if hasattr(model, "molora"):
+        raise UserError("the model has molora adapters already; call molora.remove(model) first")
+    family = family_of(model)
+    layers = model.get_submodule(family.layers)
+    indices = _layer_indices(injection, len(layers))  # type: ignore[arg-type] # a ModuleList
+    plan = {i: _plan(family, layers.get_submodule(str(i)), injection, moe) for i in indices}
+    _require_matches(injection, family, plan, layers.get_submodule(str(indices[0])))
+
+    state = State(injection, moe)
+    state.ledger.experts, state.ledger.top_k = injection.num_experts, injection.top_k
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            state.unfrozen.append(parameter)
+            parameter.requires_grad_(False)
+    fused = getattr(model.config, "hidden_act", None) == "silu"
+    for i in indices:
+        _patch_layer(state, family, f"{family.layers}.{i}", layers.get_submodule(str(i)), plan[i], fused)
+    model.molora = state  # type: ignore[assignment] # a plain attribute, not a submodule
+    return model
+
+
+def remove(model: AnyModel) -> AnyModel:
+    """Take the adapters out, in place: the original modules come back, frozen parameters are as they were before.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    state = getattr(model, "molora", None)
+    if not isinstance(state, State):
+        raise ValueError("the model has no molora adapters to remove")
+    for parent, name, original in reversed(state.replaced):
+        original.train(parent.training)
+        setattr(parent, name, original)
+    for parameter in state.unfrozen:
+        parameter.requires_grad_(True)
+    del model.molora
+    return model
+
+
+def parameter_groups(model: nn.Module) -> dict[Group, list[tuple[str, nn.Parameter]]]:
+    """Adapter parameters by the group names that phases use, each with its full name, in model order."""
+    groups: dict[Group, list[tuple[str, nn.Parameter]]] = {"router": [], "lora": [], "attn_lora": []}
+    for path, module in model.named_modules():
+        if isinstance(module, Router):
+            groups["router"] += [(f"{path}.{name}", p) for name, p in module.named_parameters(recurse=False)]
+        elif isinstance(module, LoraLinear):
+            groups[module.group] += [(f"{path}.{name}", p) for name, p in module.named_parameters(recurse=False)]
+    return groups
+
+
+# --- planning ----------------------------------------------------------------------------------------------------
+
+Plan = dict[str, Group]
+"""Projection path within the layer -> the parameter group of its adapter."""
+
+
+def _sections(config: Config | Injection | Mapping[str, Any], moe: MoE | None) -> tuple[Injection, MoE]:
+    if isinstance(config, Config):
+        return config.injection, moe or config.moe
+    if isinstance(config, Injection):
+        return config, moe or MoE()
+    if "injection" in config or "moe" in config:
+        whole = check(Config, config)
+        return whole.injection, moe or whole.moe
+    return check(Injection, config, where="injection"), moe or MoE()
+
+
+def _layer_indices(injection: Injection, count: int) -> list[int]:
+    if injection.layer_indices is not None:
+        indices = sorted(set(injection.layer_indices))
+    else:
+        stop = injection.start_layer + injection.num_layers if injection.num_layers else count
+        indices = list(range(injection.start_layer, stop, injection.stride))
+    if not indices or indices[-1] >= count:
+        raise UserError(
+            f"injection names decoder layers {indices or 'none'}; this model has {count}, numbered from 0: "
+            "check start_layer, num_layers, stride and layer_indices"
+        )
+    return indices
+
+
+def _plan(family: Family, layer: nn.Module, injection: Injection, moe: MoE) -> Plan:
+    plan: Plan = {}
+    for path, module in layer.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if _matches(path, injection.target_keywords):
+            plan[path] = "lora"
+        elif (
+            injection.attn_lora.enabled
+            and path.startswith(f"{family.attention}.")
+            and _matches(path, injection.attn_lora.keywords)
+        ):
+            plan[path] = "attn_lora"
+    mlp = [f"{family.mlp}.{name}" for name in family.swiglu or ()]
+    if injection.strategy == "mixture_lora" and moe.router_scope == "mlp":
+        targets = {path for path, group in plan.items() if group == "lora"}
+        if not mlp or targets != set(mlp):
+            raise UserError(
+                "moe.router_scope: mlp shares one router over an MLP's three projections, so "
+                f"injection.target_keywords must be exactly {list(family.swiglu or ())}"
+            )
+    return plan
+
+
+def _matches(path: str, keywords: list[str]) -> bool:
+    return any(path == keyword or path.endswith(f".{keyword}") for keyword in keywords)
+
+
+def _require_matches(injection: Injection, family: Family, plans: dict[int, Plan], layer: nn.Module) -> None:
+    planned = {path for plan in plans.values() for path in plan}
+    wanted = [("injection.target_keywords", injection.target_keywords)]
+    if injection.attn_lora.enabled:
+        wanted.append(("injection.attn_lora.keywords", injection.attn_lora.keywords))
+    linears = [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    for key, keywords in wanted:
+        for keyword in keywords:
+            if not any(_matches(path, [keyword]) for path in planned):
+                raise UserError(f"{key}: {keyword!r} matches no projection; a layer of this model has {linears}")
+
+
+# --- patching ----------------------------------------------------------------------------------------------------
+
+
+def _patch_layer(state: State, family: Family, layer_path: str, layer: nn.Module, plan: Plan, fused: bool) -> None:
+    made = {path: _make(state, layer.get_submodule(path), group) for path, group in plan.items()}
+    block = tuple(f"{family.mlp}.{name}" for name in family.swiglu or ())
+    if fused and block and all(plan.get(path) == "lora" for path in block):
+        _patch_mlp(state, family, layer_path, layer, [made.pop(path) for path in block])
+    elif state.moe.router_scope == "mlp" and state.injection.strategy == "mixture_lora":
+        raise UserError("moe.router_scope: mlp needs an MLP with hidden_act silu")
+
+    for path, module in made.items():
+        parent_path, _, name = path.rpartition(".")
+        parent = layer.get_submodule(parent_path)
+        state.replaced.append((parent, name, module.base))
+        setattr(parent, name, module)
+    for paths in _sharing(family, {path: plan[path] for path in made}):
+        _share(state, layer_path, paths, [made[path] for path in paths])
+
+
+def _sharing(family: Family, plan: Plan) -> Iterator[list[str]]:
+    """The plan's projections, those that read one input and are of one kind together, each exactly once."""
+    left = dict(plan)
+    for paths in (*family.shared_inputs, *((path,) for path in plan)):
+        for kind in ("lora", "attn_lora"):
+            together = [path for path in paths if left.get(path) == kind]
+            if together:
+                yield together
+            for path in together:
+                del left[path]
+
+
+def _make(state: State, base: nn.Module, group: Group) -> LoraLinear:
+    assert isinstance(base, nn.Linear)
+    config, moe = state.injection, state.moe
+    routed = group == "lora" and config.strategy == "mixture_lora"
+    router = None
+    if routed and moe.router_scope == "projection":
+        router = _router(state, base)
+    return LoraLinear(
+        base,
+        group=group,
+        experts=config.num_experts if routed else 1,
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        init_b_std=config.init_b_std,
+        router=router,
+    )
+
+
+def _router(state: State, reads_like: nn.Linear) -> Router:
+    device: torch.device = reads_like.weight.device
+    selection_bias = state.moe.load_balance.type == "aux_loss_free"
+    return Router(reads_like.in_features, state.injection.num_experts, device, selection_bias)
+
+
+def _patch_mlp(state: State, family: Family, layer_path: str, layer: nn.Module, projections: list[LoraLinear]) -> None:
+    assert family.swiglu is not None
+    routed = state.injection.strategy == "mixture_lora"
+    shared = _router(state, projections[0].base) if routed and state.moe.router_scope == "mlp" else None
+    mlp = LoraMLP(family.swiglu, projections, shared)
+    path = f"{layer_path}.{family.mlp}"
+    owners = [path] if shared is not None else [f"{path}.{name}" for name in family.swiglu]
+    _register(state, mlp, owners, mlp.routers())
+    parent_path, _, name = family.mlp.rpartition(".")
+    parent = layer.get_submodule(parent_path)
+    original = parent.get_submodule(name)
+    mlp.train(original.training)
+    state.replaced.append((parent, name, original))
+    setattr(parent, name, mlp)
+
+
+def _share(state: State, layer_path: str, paths: list[str], members: list[LoraLinear]) -> None:
+    shared = SharedInput(members)
+    for member in members:
+        member.shared = shared
+    routers = [m.router for m in members if m.router is not None]
+    _register(state, shared, [f"{layer_path}.{path}" for path in paths], routers)
+
+
+def _register(state: State, owner: LoraMLP | SharedInput, names: list[str], routers: list[Router]) -> None:
+    """Give ``owner`` the ledger and the rows of its routers."""
+    owner.ledger = state.ledger
+    start = len(state.ledger.names)
+    for name, router in zip(names, routers, strict=False):  # plain LoRAs have names and no routers
+        state.ledger.register(name)
+        state.routers.append(router)
+    owner.rows = slice(start, len(state.ledger.names))

@@ -1,0 +1,177 @@
+"""What routers did in a forward pass, and how their losses enter the gradient.
+
+The router losses depend on sums over all valid tokens of an optimizer step, so they are not formed inside a layer.
+Each layer hands its sums to the :class:`Record` of the micro-batch in hand; :func:`combine` forms the losses from the
+records and writes d loss / d sums back onto them; and each layer's backward injects that gradient where its sums were
+formed. Injecting, rather than adding the losses to the training loss, is what makes them survive activation
+checkpointing of both kinds: the recomputed forward writes the same values to the same record and has the same
+backward. The formulas are those of :func:`molora_kernels.router`.
+
+Shape letters: R routers of the model, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from molora.config import MoE
+
+
+@dataclass
+class Record:
+    """One micro-batch as the routers saw it."""
+
+    mask: Tensor
+    """(batch, sequence) bool: the tokens that count."""
+    tokens: Tensor
+    """() fp32: how many."""
+    sums: Tensor
+    """(R, 1 + E) fp32, as :class:`molora_kernels.Routing` has them."""
+    counts: Tensor
+    """(R, E) fp32."""
+    gradient: Tensor | None = None
+    """(R, 1 + E) fp32: d loss / d sums; what :func:`combine` writes and the layers' backward reads."""
+
+
+@dataclass
+class Ledger:
+    """One per patched model: the names of its routers, and the record that forward and backward use now."""
+
+    names: list[str] = field(default_factory=list)
+    experts: int = 0
+    top_k: int = 1
+    current: Record | None = None
+
+    def register(self, name: str) -> int:
+        """Add a router; returns its row in every record."""
+        self.names.append(name)
+        return len(self.names) - 1
+
+
+class RouterLosses(NamedTuple):
+    """Values for the log; the gradient travels on the records."""
+
+    z_loss: Tensor
+    """() fp32, mean over routers."""
+    load_balance: Tensor
+    """() fp32, mean over routers; 1 is balance."""
+    total: Tensor
+    """() fp32: both with their coefficients, as they add to the training loss."""
+    load: Tensor
+    """(R, E) fp32: share of the choices that went to each expert; rows sum to 1."""
+
+
+def ledger_of(model: nn.Module) -> Ledger:
+    """The ledger that :func:`molora.inject` attached; ``ValueError`` for an unpatched model."""
+    state = getattr(model, "molora", None)
+    if state is None:
+        raise ValueError("the model has no molora adapters; call molora.inject(model, config) first")
+    return state.ledger
+
+
+def names(model: nn.Module) -> list[str]:
+    """Router names in the order of every record's rows, e.g. ``model.layers.0.mlp.gate_proj``."""
+    return list(ledger_of(model).names)
+
+
+def record(model: nn.Module, attention_mask: Tensor) -> Record:
+    """An empty record for a micro-batch with this (batch, sequence) mask of valid tokens."""
+    ledger = ledger_of(model)
+    mask = attention_mask.to(next(model.parameters()).device).bool()
+    shape = (len(ledger.names), ledger.experts)
+    return Record(
+        mask=mask,
+        tokens=mask.sum().float(),
+        sums=torch.zeros(shape[0], 1 + shape[1], device=mask.device),
+        counts=torch.zeros(shape, device=mask.device),
+    )
+
+
+@contextmanager
+def using(model: nn.Module, record: Record) -> Iterator[None]:
+    """Make ``record`` the one that routers write to and read from. Needed around the forward and around the backward
+    of the same micro-batch: checkpointing runs forwards inside backward."""
+    ledger = ledger_of(model)
+    previous, ledger.current = ledger.current, record
+    try:
+        yield
+    finally:
+        ledger.current = previous
+
+
+def combine(
+    model: nn.Module, records: Sequence[Record], moe: MoE, total_tokens: Tensor | float | None = None
+) -> RouterLosses:
+    """Form the router losses over ``records`` and set ``gradient`` on each of them.
+
+    Args:
+        records: the micro-batches over which an expert's load f_e is counted.
+        total_tokens: valid tokens of the whole optimizer step if that is more than these records, so that
+            contributions of single micro-batches add up token-weighted; default: the records' own.
+    """
+    ledger = ledger_of(model)
+    tokens = torch.stack([r.tokens for r in records]).sum().clamp(min=1)
+    sums = torch.stack([r.sums for r in records]).sum(0)
+    counts = torch.stack([r.counts for r in records]).sum(0)
+    routers = len(ledger.names)
+    if not routers:
+        zero = tokens.new_zeros(())
+        return RouterLosses(zero, zero, zero, counts)
+
+    fraction = counts / tokens  # f_e, sums to k
+    balance_of = ledger.experts / ledger.top_k * fraction  # d load balance / d P_e
+    z_loss = (sums[:, 0] / tokens).mean()
+    load_balance = (balance_of * sums[:, 1:] / tokens).sum(-1).mean()
+
+    z_coef = moe.router_z_loss_coef
+    balance_coef = moe.load_balance.aux_loss_coef if moe.load_balance.type == "aux_loss" else 0.0
+    share = tokens if total_tokens is None else total_tokens
+    gradient = torch.cat([torch.full_like(sums[:, :1], z_coef), balance_coef * balance_of], dim=1) / (routers * share)
+    for r in records:
+        r.gradient = gradient
+    total = (z_coef * z_loss + balance_coef * load_balance) * (tokens / share)
+    return RouterLosses(z_loss, load_balance, total, fraction / ledger.top_k)
+
+
+@torch.no_grad()
+def step_bias(model: nn.Module, records: Sequence[Record], moe: MoE) -> None:
+    """Loss-free balancing (arXiv 2408.15664, algorithm 1): after an optimizer step, raise the selection bias of the
+    experts that got less than the mean load and lower that of the others, by ``bias_update_speed``. Does nothing for
+    the other kinds of load balance."""
+    if moe.load_balance.type != "aux_loss_free":
+        return
+    counts = torch.stack([r.counts for r in records]).sum(0)
+    error = counts.mean(-1, keepdim=True) - counts
+    for row, router in enumerate(model.molora.routers):  # type: ignore[union-attr] # set by inject
+        router.selection_bias.add_(error[row].sign(), alpha=moe.load_balance.bias_update_speed)
+
+
+def collect(ledger: Ledger, rows: slice, y: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    """Write a layer's sums and counts to the current record and return ``y``, through whose backward the gradient of
+    the router losses flows into ``sums``. Without a current record (plain inference) it is just ``y``."""
+    record = ledger.current
+    if record is None:
+        return y
+    record.sums[rows] = sums.detach()
+    record.counts[rows] = counts
+    if not (torch.is_grad_enabled() and sums.requires_grad):
+        return y
+    return _InjectGradient.apply(y, sums, record, rows)
+
+
+class _InjectGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, sums: Tensor, record: Record, rows: slice) -> Tensor:
+        ctx.record, ctx.rows = record, rows
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        gradient = ctx.record.gradient
+        return dy, None if gradient is None else gradient[ctx.rows], None, None
