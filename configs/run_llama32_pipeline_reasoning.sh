@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# The two-stage reasoning pipeline: general instructions, both benches, chain of thought, both benches.
+#
+#   MODEL=meta-llama/Llama-3.2-3B OUTPUT=outputs/reasoning configs/run_llama32_pipeline_reasoning.sh
+#
+# Every variable below can be set from outside. A stage that is finished is not trained again, and one that was
+# interrupted goes on from its newest checkpoint, so the script can simply be run again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+: "${PYTHON:=python3}"
+: "${MODEL:=meta-llama/Llama-3.2-3B}"
+: "${OUTPUT:=outputs/reasoning}"
+: "${GENERAL_DATA:=data/sft_50k_en_ko_raw.jsonl}"
+: "${GENERAL_BENCH:=data/sft_1k_en_ko_raw.jsonl}"
+: "${MATH_DATA:=data/reasoning/openr1_math_40k.jsonl}"
+: "${MATH_BENCH:=data/reasoning/openr1_math_1k.jsonl}"
+: "${STAGE1_STEPS:=5000}"
+: "${STAGE2_STEPS:=3000}"
+: "${METRICS_LEVEL:=minimal}"
+: "${TRAIN_ARGS:=}" # further arguments of both stages, e.g. "--set training.num_workers=4"
+: "${BENCH_ARGS:=}" # further arguments of every bench
+
+presets=configs/presets/reasoning
+stage1=$OUTPUT/stage1_general_sft
+stage2=$OUTPUT/stage2_reasoning_sft
+
+bench() { # bench MODEL_FOLDER
+    for file in "$GENERAL_BENCH" "$MATH_BENCH"; do
+        # shellcheck disable=SC2086 # the arguments are meant to be split
+        "$PYTHON" -m molora.evaluate --model "$1" --bench "$file" $BENCH_ARGS
+    done
+}
+
+# shellcheck disable=SC2086
+"$PYTHON" -m molora.train \
+    --preset "$presets/llama3.2_3b_mixture_lora_sft.yml" \
+    --set "model_name=$MODEL" \
+    --set data.format=raw --set data.task=sft \
+    --set "data.path=$GENERAL_DATA" \
+    --set data.max_length=512 \
+    --set "training.max_train_steps=$STAGE1_STEPS" \
+    --set training.batch_size=10 --set training.grad_accum_steps=2 \
+    --output-dir "$stage1" --metrics-level "$METRICS_LEVEL" --resume $TRAIN_ARGS
+bench "$stage1/final"
+
+# shellcheck disable=SC2086
+"$PYTHON" -m molora.train \
+    --preset "$presets/llama3.2_3b_mixture_lora_sft_cot.yml" \
+    --set "model_name=$stage1/final" \
+    --set data.format=raw --set data.task=sft \
+    --set "data.path=$MATH_DATA" \
+    --set data.max_length=1024 \
+    --set "training.max_train_steps=$STAGE2_STEPS" \
+    --set training.batch_size=8 --set training.grad_accum_steps=2 \
+    --output-dir "$stage2" --metrics-level "$METRICS_LEVEL" --resume $TRAIN_ARGS
+bench "$stage2/final"

@@ -1,0 +1,288 @@
+"""The output folder of a run: what a checkpoint holds, how it is written whole or not at all, how a run goes on.
+
+    <output>/checkpoint-<step>/   adapter, tokenizer, config.yml, provenance.json, SHA256SUMS, training_state.pt
+    <output>/checkpoint-best/     the same without training state: lowest validation loss so far
+    <output>/final/               the same without training state: the hand-over to the next stage; the run is finished
+
+A folder is written aside, flushed to the disk and renamed, so that a folder that has its name is complete; a file
+damaged later is found by its checksum. ``sha256sum -c SHA256SUMS`` checks one by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from molora import adapter, metrics
+from molora.adapter import file_sha256
+from molora.config import Config, load, to_yaml
+from molora.errors import UserError
+
+FINAL = "final"
+BEST = "checkpoint-best"
+CONFIG = "config.yml"
+PROVENANCE = "provenance.json"
+_STATE = "training_state.pt"
+_SUMS = "SHA256SUMS"
+_NUMBERED = re.compile(r"checkpoint-(\d+)")
+_ASIDE = re.compile(r"\.(final|checkpoint-(?:best|\d+))\.(tmp|old)")
+
+# Keys that a resumed run may change: they alter where it runs and what it writes, not what it computes.
+_MAY_CHANGE = re.compile(r"device|logging\..*|training\.(num_workers|save_steps|save_total_limit|log_steps)")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    rows: int = 0
+    """Rows consumed; the position in the data order."""
+    best_loss: float | None = None
+    """Lowest validation loss so far."""
+
+
+# --- the output folder -------------------------------------------------------------------------------------------
+
+
+def finished(output: Path) -> bool:
+    """Whether ``output`` holds a run that came to its end."""
+    return (output / FINAL).is_dir()
+
+
+def claim(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise :class:`UserError` unless a run may write to ``output``; changes nothing."""
+    if resume and overwrite:
+        raise UserError("--resume continues a run and --overwrite discards it: give one of them")
+    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{output}: cannot be written in {existing}; choose another --output-dir")
+    if resume or overwrite:
+        return
+    if finished(output):
+        raise UserError(f"{output}: holds a finished run; choose another --output-dir, or give --overwrite")
+    if any(_of_a_run(output)):
+        raise UserError(
+            f"{output}: holds an unfinished run; give --resume to continue it, --overwrite to discard it, "
+            "or choose another --output-dir"
+        )
+
+
+def clear(output: Path) -> None:
+    """Remove what a run writes from ``output``; other files stay."""
+    for path in list(_of_a_run(output)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def describe(output: Path, config: Config, provenance: dict[str, Any]) -> None:
+    """Write the resolved configuration and the provenance of a run to ``output``, which is created."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    (output / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+def _of_a_run(output: Path) -> Iterator[Path]:
+    names = {FINAL, BEST, CONFIG, PROVENANCE, metrics.FILE, "tensorboard"}
+    for path in output.iterdir() if output.is_dir() else ():
+        if path.name in names or _NUMBERED.fullmatch(path.name) or _ASIDE.fullmatch(path.name):
+            yield path
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def save(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    provenance: dict[str, Any],
+    state: dict[str, Any] | None = None,
+) -> None:
+    """Write ``folder``, replacing an older one of that name, with ``state`` (:func:`training_state`) if given.
+
+    Raises :class:`UserError` when the disk is full or refuses; nothing written before is touched then.
+    """
+    with _whole(folder) as aside:
+        adapter.save_adapter(model, aside)
+        tokenizer.save_pretrained(aside)
+        describe(aside, config, provenance)
+        if state is not None:
+            torch.save(state, aside / _STATE)
+
+
+def training_state(
+    progress: Progress, optimizer: Optimizer, schedule: LambdaLR, device: torch.device
+) -> dict[str, Any]:
+    """Everything beside the weights that the rest of the run depends on, as tensors and plain data."""
+    return {
+        "progress": asdict(progress),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "random": _random_state(device),
+    }
+
+
+def prune(output: Path, limit: int | None) -> None:
+    """Remove the oldest ``checkpoint-<step>`` folders beyond ``limit``; None keeps all."""
+    if limit is not None:
+        for folder in _numbered(output)[limit:]:
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    aside, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        _write_sums(aside)
+        for path in (*aside.iterdir(), aside):
+            _flush(path)
+        if folder.exists():
+            folder.rename(replaced)
+        aside.rename(folder)
+        _flush(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors wrap a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"{folder}: cannot be saved ({error}); older checkpoints are whole, --resume continues"
+        ) from error
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_sums(folder: Path) -> None:
+    lines = [f"{file_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    (folder / _SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+# --- going on ----------------------------------------------------------------------------------------------------
+
+
+def newest(output: Path) -> Path | None:
+    """The newest ``checkpoint-<step>`` whose files have their checksums, or None; damaged ones are warned of.
+
+    Clears away first what a crash while saving left aside.
+    """
+    _tidy(output)
+    for folder in _numbered(output):
+        damaged = _damaged(folder)
+        if damaged is None:
+            return folder
+        _log.warning("warning: %s is damaged (%s); an older checkpoint is used", folder, damaged)
+    return None
+
+
+def check_same_run(folder: Path, config: Config, provenance: dict[str, Any]) -> None:
+    """Raise :class:`UserError` if the checkpoint's run had other settings or other data than this one."""
+    before, now = _flat(load(folder / CONFIG).model_dump()), _flat(config.model_dump())
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not _MAY_CHANGE.fullmatch(key):
+            raise UserError(
+                f"{folder}: was trained with {key}={before.get(key)}, now it is {now.get(key)}; "
+                "set it back, or start another run in another --output-dir"
+            )
+    saved = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    if saved["data"] != provenance["data"]:
+        raise UserError(f"{folder}: the data files have changed since; restore them, or start another run")
+
+
+def restore(
+    folder: Path, model: PreTrainedModel, optimizer: Optimizer, schedule: LambdaLR, device: torch.device
+) -> Progress:
+    """Put weights, optimizer, schedule and random state back to where :func:`save` found them."""
+    adapter.load_weights(model, folder)
+    state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    _set_random_state(state["random"], device)
+    return Progress(**state["progress"])
+
+
+def _numbered(output: Path) -> list[Path]:
+    """``checkpoint-<step>`` folders, newest first."""
+    found = {path: _NUMBERED.fullmatch(path.name) for path in output.iterdir()} if output.is_dir() else {}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
+
+
+def _tidy(output: Path) -> None:
+    """Undo what a crash while saving left: half-written folders go, replaced ones not yet followed come back."""
+    for path in list(output.iterdir()) if output.is_dir() else ():
+        if match := _ASIDE.fullmatch(path.name):
+            folder = output / match[1]
+            if match[2] == "old" and not folder.exists():
+                path.rename(folder)
+            else:
+                shutil.rmtree(path)
+
+
+def _damaged(folder: Path) -> str | None:
+    """What is wrong with the folder's files, or None."""
+    try:
+        lines = (folder / _SUMS).read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            digest, name = line.split("  ", 1)
+            if file_sha256(folder / name) != digest:
+                return f"checksum of {name}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None if lines else f"{_SUMS} is empty"
+
+
+def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return flat
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,299 @@
+"""Rows from JSONL files, as tokens, in an order that depends on nothing but the seed and the position in the run.
+
+Shape letters: B rows, T tokens per row (padded), N positions with a loss.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from molora import chat
+from molora.errors import UserError
+
+Row = dict[str, Any]
+_COLUMNS = '{"messages": […]}, {"prompt": …, "response": …} or {"text": …}'
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: str | Path | Sequence[str | Path]) -> list[Row]:
+    """All rows of one or several JSONL files, each checked, in file order.
+
+    A row keeps its columns and gets two: ``domain``, the file's name without its ending where the row names none, and
+    ``where``, ``file:line`` for messages. Raises :class:`UserError` (``file:line: reason; mend``) at the first bad row.
+    """
+    paths = [path] if isinstance(path, str | Path) else path
+    rows = [row for one in paths for row in _read_file(Path(one))]
+    if not rows:
+        raise UserError(f"{', '.join(map(str, paths))}: no rows; write one JSON object a line, {_COLUMNS}")
+    return rows
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield {"domain": path.stem} | _check_row(_parse(line, where), where) | {"where": where}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; data.path takes JSONL files") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _parse(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{where}: not JSON that can be read ({error}); write one object a line") from None
+
+
+def _check_row(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a {type(row).__name__}, not an object; write {_COLUMNS}")
+    if "messages" in row:
+        _check_messages(row["messages"], where)
+        columns = ()
+    elif "prompt" in row and "response" in row:
+        columns = ("prompt", "response")
+    elif "text" in row:
+        columns = ("text",)
+    else:
+        found = ", ".join(map(repr, row)) or "none"
+        raise UserError(f"{where}: no known columns (found {found}); write {_COLUMNS}")
+    for column in (*columns, *({"domain"} & row.keys())):
+        if not isinstance(row[column], str):
+            raise UserError(f"{where}: {column!r} is a {type(row[column]).__name__}; it must be a string")
+        _check_characters(row[column], where)
+    return row
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: 'messages' must be a list of at least one message")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise UserError(f'{where}: a message must be {{"role": …, "content": …}} with two strings')
+        if message["role"] not in ("system", "user", "assistant"):
+            raise UserError(f"{where}: role {message['role']!r} is unknown; use system, user or assistant")
+        _check_characters(message["content"], where)
+    if next((m["role"] for m in messages if m["role"] != "system"), "user") != "user":
+        raise UserError(f"{where}: the assistant speaks first; after an optional system message comes the user")
+
+
+def _check_characters(text: str, where: str) -> None:
+    # JSON can spell half of a surrogate pair (an emoji cut in two), which is no character and cannot be tokenised.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: half of a surrogate pair (\\ud800 to \\udfff); remove it or mend the emoji"
+        ) from None
+
+
+def hold_out(rows: Sequence[Row], size: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and ``size`` rows to evaluate on, drawn with ``seed``; both keep the file's order."""
+    if size >= len(rows):
+        raise UserError(f"training.val_size={size} leaves nothing of {len(rows)} rows to train on; lower it")
+    held = set(np.random.default_rng(seed).permutation(len(rows))[:size].tolist())
+    train = [row for i, row in enumerate(rows) if i not in held]
+    return train, [rows[i] for i in sorted(held)]
+
+
+# --- tokens ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised row; int32, because a run may hold a hundred million tokens."""
+
+    input_ids: Tensor
+    labels: Tensor
+    domain: str
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised rows that have something to learn."""
+
+    rows: list[Example]
+    truncated: int
+    """How many of them lost their end to ``max_length``."""
+    dropped: int
+    """Rows left out: no token of theirs has a loss (no answer, or an answer that begins after ``max_length``)."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> Examples:
+    """Tokenise rows. Raises :class:`UserError` if none has a trainable token or none fits into ``max_length``."""
+    examples: list[Example] = []
+    truncated = dropped = 0
+    for row in rows:
+        encoded = _encode(tokenizer, row, max_length)
+        if encoded.trainable:
+            truncated += encoded.truncated
+            examples.append(
+                Example(
+                    torch.tensor(encoded.input_ids, dtype=torch.int32),
+                    torch.tensor(encoded.labels, dtype=torch.int32),
+                    encoded.domain or "",
+                )
+            )
+        else:
+            dropped += 1
+    if not examples:
+        raise UserError(
+            f"none of {len(rows)} rows has a token to train within data.max_length={max_length}: "
+            "their answers are missing or begin later; raise data.max_length or add answers"
+        )
+    if truncated == len(examples):
+        raise UserError(
+            f"all of {len(rows)} rows are longer than data.max_length={max_length}, so no end of an answer "
+            "would ever be learnt; raise data.max_length"
+        )
+    return Examples(examples, truncated, dropped)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], max_length: int) -> chat.Encoded:
+    try:
+        return chat.encode_row(tokenizer, row, max_length)
+    except UserError as error:
+        raise UserError(f"{row['where']}: {error}") from error
+
+
+# --- batches -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded at the right to the longest of them."""
+
+    input_ids: Tensor
+    """(B, T) int64"""
+    attention_mask: Tensor
+    """(B, T) int64, 1 for a token and 0 for padding"""
+    labels: Tensor
+    """(B, T) int64, not shifted; -100 without loss"""
+    predictors: Tensor
+    """(N,) int64: where, in the flattened (B * T), a hidden state predicts a label; the label is the next position's.
+    Counted on the CPU, so that choosing them on the GPU waits for nothing."""
+    tokens: int
+    """Tokens that are not padding."""
+    domains: list[str]
+
+    @property
+    def label_tokens(self) -> int:
+        """N, the number of tokens with a loss."""
+        return self.predictors.numel()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """This batch on ``device``; the copy does not block when the memory is pinned."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """This batch in page-locked memory; called by the DataLoader."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Any) -> Batch:
+        names = ("input_ids", "attention_mask", "labels", "predictors")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
+
+
+class Collate:
+    """Pads examples into a :class:`Batch`; an object, so that worker processes can be handed it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        # The attention mask hides padding; the id only has to be in the vocabulary.
+        ids: list[Any] = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
+        self.pad_id: int = next(i for i in ids if i is not None)
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        shape = (len(examples), max(len(example.input_ids) for example in examples))
+        input_ids = torch.full(shape, self.pad_id)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, chat.IGNORE)
+        for i, example in enumerate(examples):
+            length = len(example.input_ids)
+            input_ids[i, :length] = example.input_ids
+            attention_mask[i, :length] = 1
+            labels[i, :length] = example.labels
+        followed = torch.zeros(shape, dtype=torch.bool)
+        followed[:, :-1] = labels[:, 1:] != chat.IGNORE
+        return Batch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            predictors=followed.flatten().nonzero().flatten(),
+            tokens=sum(len(example.input_ids) for example in examples),
+            domains=[example.domain for example in examples],
+        )
+
+
+class RunOrder(Sampler[int]):
+    """Rows ``start`` to ``stop`` of an endless run over ``rows`` rows: one permutation after another, one per epoch.
+
+    The position alone says where in the data a run is, so a resumed run needs no other state of the order.
+    """
+
+    def __init__(self, rows: int, seed: int, start: int, stop: int) -> None:
+        self.rows, self.seed, self.start, self.stop = rows, seed, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, offset = divmod(self.start, self.rows)
+        remaining = len(self)
+        while remaining > 0:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)[offset : offset + remaining]
+            yield from order.tolist()
+            remaining -= len(order)
+            epoch, offset = epoch + 1, 0
+
+
+def batches(
+    examples: Examples,
+    collate: Collate,
+    *,
+    batch_size: int,
+    order: Sampler[int] | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Batch]:
+    """A loader of :class:`Batch` in ``order``, or in file order; it leaves the global random state alone."""
+    return DataLoader(
+        examples.rows,  # pyright: ignore[reportArgumentType]  # a list is a map-style data set
+        batch_size=batch_size,
+        sampler=order,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # Without its own generator every new iterator would draw a seed from the global one, and so would a resume.
+        generator=torch.Generator(),
+    )
+
+
+def windows(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """The micro-batches of one optimizer step after another, ``size`` at a time."""
+    iterator = iter(loader)
+    while window := list(islice(iterator, size)):
+        yield window

@@ -1,0 +1,81 @@
+"""Cross-entropy over a large frozen vocabulary, without ever holding all logits.
+
+The logits of 8 x 1024 tokens over 128,256 words are 4.2 GB in fp32, the largest tensor of a training step. Only
+positions that have a label are computed, a chunk at a time, and since the head is frozen the gradient of the hidden
+states is finished in the same pass, so that backward recomputes nothing.
+
+Shape letters: B rows, T tokens, N positions with a label, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from molora.data import Batch
+
+CHUNK_ELEMENTS = 2**26
+"""Logits held at a time: 256 MB in fp32."""
+
+
+class _FrozenHeadCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        keep_gradient = ctx.needs_input_grad[0]
+        d_hidden = torch.empty_like(hidden) if keep_gradient else None
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        total = hidden.new_zeros((), dtype=exact)
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            logits = (hidden[part] @ weight.T).to(exact)
+            target = targets[part, None]
+            log_normaliser = logits.logsumexp(dim=1, keepdim=True)
+            total += (log_normaliser - logits.gather(1, target)).sum()
+            if d_hidden is not None:
+                d_logits = logits.sub_(log_normaliser).exp_()
+                d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, -1.0))
+                d_hidden[part] = d_logits.to(weight.dtype) @ weight
+        if d_hidden is not None:
+            ctx.save_for_backward(d_hidden)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None, None]:
+        (d_hidden,) = ctx.saved_tensors
+        return d_hidden * d_total.to(d_hidden.dtype), None, None, None
+
+
+def frozen_head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+    """``F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`` in chunks of ``chunk`` positions.
+
+    ``hidden`` (N, H) and ``weight`` (V, H) share a floating dtype, ``targets`` is (N,) int64; the softmax is fp32 or
+    better and so is the scalar returned. Raises ValueError if ``weight`` needs a gradient: this function has none
+    for it.
+    """
+    if weight.requires_grad:
+        raise ValueError("the output head needs a gradient, which this loss does not compute: freeze it")
+    chunk = chunk or max(1, CHUNK_ELEMENTS // len(weight))
+    loss = _FrozenHeadCrossEntropy.apply(hidden, weight, targets, chunk)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def causal_lm_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
+    """Sum of next-token losses of a batch on the model's device, and the number N of tokens summed.
+
+    Runs the decoder without its head. The sum is a fp32 scalar with a graph to whatever trains in the decoder.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ValueError(f"the output head is {head}; this loss knows linear heads without bias only")
+    hidden: Tensor = model.base_model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).last_hidden_state
+    predicting = hidden.flatten(0, 1).index_select(0, batch.predictors)
+    targets = batch.labels.flatten().index_select(0, batch.predictors + 1)
+    return frozen_head_cross_entropy(predicting, head.weight, targets), batch.label_tokens

@@ -1,0 +1,82 @@
+"""``python -m molora.train``: one stage of training from a preset.
+
+    python -m molora.train --preset configs/presets/reasoning/llama3.2_3b_mixture_lora_sft.yml \\
+        --set data.path=data/sft_50k_en_ko_raw.jsonl --output-dir outputs/reasoning/stage1_general_sft
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from molora import checkpoint, cli
+from molora.adapter import is_adapter, pick_device, read_manifest
+from molora.config import Config, load, resolve, to_yaml
+from molora.data import Row, hold_out, read_rows
+from molora.errors import UserError
+from molora.trainer import Trainer
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; ``arguments`` default to the process's own. Raises :class:`UserError` for bad input."""
+    options = _parse(arguments)
+    overrides = list(options.set)
+    if options.metrics_level:
+        overrides.append(f"logging.metrics_level={options.metrics_level}")
+    config = resolve(load(options.preset, overrides))
+    output = Path(options.output_dir or Path("outputs") / Path(options.preset).stem)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return
+    if options.resume and checkpoint.finished(output):
+        print(f"{output}: finished already, nothing to resume")
+        return
+    rows = check_inputs(config, output, resume=options.resume, overwrite=options.overwrite)
+    if options.validate_only:
+        print(f"{options.preset}: valid, {len(rows)} rows, {config.training.max_train_steps} optimizer steps")
+        return
+    Trainer(config, output, rows, resume=options.resume).train()
+
+
+def check_inputs(config: Config, output: Path, *, resume: bool = False, overwrite: bool = False) -> list[Row]:
+    """Everything that can be wrong with the inputs and is seen without loading a model; returns the data rows.
+
+    Changes nothing. Raises :class:`UserError`.
+    """
+    checkpoint.claim(output, resume=resume, overwrite=overwrite)
+    pick_device(config.device)
+    if config.model_name is None:
+        raise UserError("model_name is missing: --set model_name=FOLDER_OR_HUB_NAME")
+    model = Path(config.model_name)
+    if is_adapter(model):
+        read_manifest(model)
+    if overwrite and output.resolve() in model.resolve().parents:
+        raise UserError(f"model_name={model} lies in {output}, which --overwrite would discard; choose another folder")
+    if config.data.path is None:
+        raise UserError("data.path is missing: --set data.path=FILE.jsonl")
+    rows = read_rows(config.data.path)
+    hold_out(rows, config.training.val_size, config.seed)
+    return rows
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m molora.train", description="Train one stage from a preset.")
+    parser.add_argument("--preset", required=True, metavar="FILE", help="YAML file, see configs/presets/")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        help="override a key of the preset; repeatable; a list item by its index: training.phases.1.step=10",
+    )
+    parser.add_argument("--output-dir", metavar="DIR", help="default: outputs/<name of the preset>")
+    parser.add_argument("--metrics-level", choices=("minimal", "advanced"), help="advanced logs routing per layer")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    parser.add_argument("--overwrite", action="store_true", help="discard an earlier run in the output folder")
+    parser.add_argument("--validate-only", action="store_true", help="check configuration and inputs, then stop")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration, then stop")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,252 @@
+"""The training loop: :meth:`Trainer.train` over :meth:`Trainer.train_step`.
+
+Every count of steps is in optimizer steps. A *window* is the micro-batches of one optimizer step. The gradient of a
+window is that of one large batch: losses are sums, divided by the tokens of the whole window.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+import molora_kernels
+from molora import adapter, chat, checkpoint, data, metrics, optim, phases, provenance, routing
+from molora.checkpoint import Progress
+from molora.config import Config
+from molora.data import Batch, Row
+from molora.loss import causal_lm_loss
+
+
+class Trainer:
+    """One run: everything that :meth:`train` needs, opened, checked and, for a resumed run, put back in place.
+
+    ``config`` is resolved (:func:`molora.config.resolve`). With ``resume`` the run goes on from the newest good
+    checkpoint in ``output``, if there is one, and ends as if it had never stopped; without, what an earlier run left
+    there is removed. Raises :class:`~molora.errors.UserError` for a model, checkpoint or rows that do not fit.
+    """
+
+    def __init__(self, config: Config, output: Path, rows: Sequence[Row], *, resume: bool = False) -> None:
+        self.config, self.output = config, output
+        self.provenance = provenance.collect(config)
+        start = checkpoint.newest(output) if resume else None
+        if start is not None:
+            checkpoint.check_same_run(start, config, self.provenance)
+
+        seed_everything(config.seed)
+        molora_kernels.use_backend(config.kernels.backend)
+        model, self.tokenizer = adapter.build(config)
+        assert isinstance(model, PreTrainedModel)
+        self.model = model
+        checkpoint_activations(self.model, config.model.gradient_checkpointing)
+        # Saved with the adapter, so that every program that loads it speaks the format that was trained.
+        self.tokenizer.chat_template = chat.template(self.tokenizer) or self.tokenizer.chat_template
+        self.collate = data.Collate(self.tokenizer)
+        train_rows, val_rows = data.hold_out(rows, config.training.val_size, config.seed)
+        self.examples = data.encode_rows(self.tokenizer, train_rows, config.data.max_length)
+        self.held_out = data.encode_rows(self.tokenizer, val_rows, config.data.max_length) if val_rows else None
+        self.optimizer, self.schedule = optim.build(self.model, config.training)
+        self.phase: int | None = None
+        self.progress = Progress()
+        if start is not None:
+            device = self.model.device
+            self.progress = checkpoint.restore(start, self.model, self.optimizer, self.schedule, device)
+        elif not resume:
+            checkpoint.clear(output)
+        checkpoint.describe(output, config, self.provenance)
+        self._announce(start)
+
+    def train(self) -> None:
+        """Train to ``max_train_steps`` and write ``final``.
+
+        Raises :class:`~molora.errors.UserError` for a loss or gradient that is not finite and for a full disk.
+        """
+        training, progress, meter = self.config.training, self.progress, metrics.Meter()
+        self.model.train()
+        with (
+            metrics.Log(self.output, step=progress.step, tensorboard=self.config.logging.tensorboard) as log,
+            tqdm(total=training.max_train_steps, initial=progress.step, unit="step", disable=None) as bar,
+        ):
+            for window in self.windows():
+                self.enter_phase()
+                meter.add(self.train_step(window))
+                bar.update()
+
+                evaluating = self.held_out is not None and self.due(training.val_steps)
+                saving = self.due(training.save_steps)
+                # Reading the numbers before anything is saved keeps what is not finite out of every checkpoint.
+                if evaluating or saving or self.due(training.log_steps):
+                    self._log_step(log, bar, meter)
+                if evaluating:
+                    log.write(progress.step, val_loss=self.evaluate())
+                if saving:
+                    self.save(f"checkpoint-{progress.step}", resumable=True)
+                    checkpoint.prune(self.output, training.save_total_limit)
+                if evaluating or saving:
+                    meter.restart_clock()
+        self.save(checkpoint.FINAL)
+        print(f"finished: {self.output / checkpoint.FINAL}")
+
+    def train_step(self, window: list[Batch]) -> metrics.Measured:
+        """Forward, backward and one update over a window; nothing in it waits for the device.
+
+        The routers' losses depend on how all tokens of a scope chose, so their gradient is injected in backward
+        (:mod:`molora.routing`), and the forwards of a scope come before its backwards.
+        """
+        moe, training = self.config.moe, self.config.training
+        window = [batch.to(self.model.device) for batch in window]
+        tokens = sum(batch.tokens for batch in window)
+        label_tokens = sum(batch.label_tokens for batch in window)
+        scopes = [window] if moe.load_balance.scope == "step" else [[batch] for batch in window]
+        total = torch.zeros((), device=self.model.device)
+        router_losses: list[tuple[float, routing.RouterLosses]] = []
+        records: list[routing.Record] = []
+        for scope in scopes:
+            forwards = [self._forward(batch, label_tokens) for batch in scope]
+            share = sum(batch.tokens for batch in scope) / tokens
+            combined = routing.combine(self.model, [record for record, _ in forwards], moe, total_tokens=tokens)
+            router_losses.append((share, combined))
+            for record, loss in forwards:
+                with routing.using(self.model, record):
+                    loss.backward()
+                total += loss.detach()
+                records.append(record)
+
+        lr = float(self.schedule.get_last_lr()[0])
+        grad_norm = self._update(training.max_grad_norm)
+        routing.step_bias(self.model, records, moe)
+        self.progress.step += 1
+        self.progress.rows += sum(len(batch.domains) for batch in window)
+        return metrics.Measured(
+            loss=total,
+            z_loss=torch.stack([share * losses.z_loss for share, losses in router_losses]).sum(),
+            load_balance=torch.stack([share * losses.load_balance for share, losses in router_losses]).sum(),
+            load=torch.stack([share * losses.load for share, losses in router_losses]).sum(dim=0),
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens=tokens,
+        )
+
+    def _forward(self, batch: Batch, label_tokens: int) -> tuple[routing.Record, Tensor]:
+        """What the routers did, and the batch's share of a window's mean loss over ``label_tokens``."""
+        record = routing.record(self.model, batch.attention_mask)
+        with routing.using(self.model, record):
+            loss, _ = causal_lm_loss(self.model, batch)
+        return record, loss / label_tokens
+
+    def _update(self, max_grad_norm: float) -> Tensor:
+        """Clip, step, and return the norm that the gradient had before clipping."""
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grad_norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+        if max_grad_norm > 0:
+            clip_grads_with_norm_(trained, max_grad_norm, grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss per label token over the held-out rows; a new lowest one is saved as ``checkpoint-best``."""
+        assert self.held_out is not None
+        self.model.eval()
+        total, count = torch.zeros((), device=self.model.device), 0
+        for batch in data.batches(self.held_out, self.collate, batch_size=self.config.training.batch_size):
+            batch = batch.to(self.model.device)
+            with routing.using(self.model, routing.record(self.model, batch.attention_mask)):
+                loss, label_tokens = causal_lm_loss(self.model, batch)
+            total += loss
+            count += label_tokens
+        self.model.train()
+        mean = total.item() / count
+        if self.progress.best_loss is None or mean < self.progress.best_loss:
+            self.progress.best_loss = mean
+            self.save(checkpoint.BEST)
+        return mean
+
+    def windows(self) -> Iterator[list[Batch]]:
+        """The micro-batches of each optimizer step that is left, in the run's order."""
+        training = self.config.training
+        order = data.RunOrder(
+            len(self.examples),
+            self.config.seed,
+            start=self.progress.rows,
+            stop=training.max_train_steps * training.grad_accum_steps * training.batch_size,
+        )
+        loader = data.batches(
+            self.examples,
+            self.collate,
+            batch_size=training.batch_size,
+            order=order,
+            num_workers=training.num_workers,
+            pin_memory=self.model.device.type == "cuda",
+        )
+        return data.windows(loader, training.grad_accum_steps)
+
+    def enter_phase(self) -> None:
+        """Open and close parameter groups where the next step is the first of its phase."""
+        phase = phases.in_force(self.config.training.phases, self.progress.step)
+        if phase != self.phase:
+            self.phase = phase
+            tqdm.write(phases.enter(self.model, self.config.training.phases[phase]))
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps, and at the end, is to be done after the step just made."""
+        step = self.progress.step
+        return step == self.config.training.max_train_steps or (every > 0 and step % every == 0)
+
+    def save(self, name: str, *, resumable: bool = False) -> None:
+        """Write the folder ``name`` of the output, with training state if a run is to go on from it."""
+        state = None
+        if resumable:
+            state = checkpoint.training_state(self.progress, self.optimizer, self.schedule, self.model.device)
+        checkpoint.save(self.output / name, self.model, self.tokenizer, self.config, self.provenance, state)
+
+    def _log_step(self, log: metrics.Log, bar: tqdm, meter: metrics.Meter) -> None:
+        step, steps = self.progress.step, self.config.training.max_train_steps
+        values, load = meter.read(step)
+        routed = {}
+        if self.config.logging.metrics_level == "advanced":
+            routed = {"load": dict(zip(routing.names(self.model), load, strict=True))}
+        log.write(step, rows=self.progress.rows, **values, **routed)
+        bar.set_postfix(loss=f"{values['loss']:.4f}", tokens_s=round(values["tokens_per_second"]))
+        if bar.disable:  # no terminal to draw on: lines, so that a log file shows where the run is
+            left = timedelta(seconds=round((steps - step) * values["seconds_per_step"]))
+            speed = f"{values['tokens_per_second']:.0f} tokens/s"
+            print(f"step {step}/{steps} | loss {values['loss']:.4f} | {speed} | {left} left", flush=True)
+
+    def _announce(self, start: Path | None) -> None:
+        rows = f"{len(self.examples)} rows"
+        for count, what in (
+            (self.examples.truncated, "truncated"),
+            (self.examples.dropped, "dropped: nothing to train"),
+        ):
+            rows += f", {count} {what}" if count else ""
+        held_out = f" | {len(self.held_out)} held out" if self.held_out else ""
+        goes_on = f" | goes on from {start.name}" if start else ""
+        print(f"{self.output} | {rows}{held_out}{goes_on}", flush=True)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy, torch and every CUDA device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def checkpoint_activations(model: PreTrainedModel, kind: str) -> None:
+    """Recompute decoder layers in backward: ``non_reentrant``, ``reentrant``, or ``none``."""
+    if kind == "none":
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})
+    if kind == "reentrant":
+        # The reentrant kind builds a graph only if an input of the layer needs a gradient, and the embedding is frozen.
+        model.enable_input_require_grads()
