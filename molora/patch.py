@@ -252,10 +252,12 @@ def _share(state: State, layer_path: str, paths: list[str], members: list[LoraLi
 
 
 def _register(state: State, owner: LoraMLP | SharedInput, names: list[str], routers: list[Router]) -> None:
-    """Give ``owner`` the ledger and the rows of its routers."""
+    """Give ``owner`` the ledger and the rows of its routers; plain LoRAs have none and need neither."""
+    if not routers:
+        return
     owner.ledger = state.ledger
     start = len(state.ledger.names)
-    for name, router in zip(names, routers, strict=False):  # plain LoRAs have names and no routers
+    for name, router in zip(names, routers, strict=True):
         state.ledger.register(name)
         state.routers.append(router)
     owner.rows = slice(start, len(state.ledger.names))

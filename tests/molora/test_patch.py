@@ -1,0 +1,200 @@
+"""Injection is exact at step 0, complete, strict about its targets, and reversible."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import molora
+from molora import routing
+from molora.layers import LoraLinear, LoraMLP
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PLACEMENTS = {
+    "recipe": {"injection": {"lora_r": 4}},
+    "one router a block": {"injection": {"lora_r": 4}, "moe": {"router_scope": "mlp"}},
+    "one LoRA": {"injection": {"lora_r": 4, "strategy": "dense_lora"}},
+    "mixture everywhere": {"injection": {"lora_r": 4, "target_keywords": ALL}},
+    "part of the MLP": {"injection": {"lora_r": 4, "target_keywords": ["gate_proj", "o_proj"]}},
+    "MLP alone": {"injection": {"lora_r": 4, "attn_lora": {"enabled": False}}},
+    "loss-free balance": {"injection": {"lora_r": 4}, "moe": {"load_balance": {"type": "aux_loss_free"}}},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_config: LlamaConfig) -> LlamaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return LlamaForCausalLM(tiny_config).eval()
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.ones(3, 11, dtype=torch.long)
+    mask[0, 7:] = 0
+    mask[2, 4:] = 0
+    return {"input_ids": torch.randint(0, 320, (3, 11), generator=generator), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patched_model_starts_as_the_base_and_remove_brings_it_back(base, batch, placement, dtype):
+    model = copy.deepcopy(base).to(dtype)
+    expected = model(**batch).logits
+    names = [name for name, _ in model.named_parameters()]
+
+    molora.inject(model, placement)
+    assert torch.equal(model(**batch).logits, expected)
+    assert any(isinstance(module, LoraLinear) for module in model.modules())
+
+    molora.remove(model)
+    assert torch.equal(model(**batch).logits, expected)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(isinstance(module, LoraLinear | LoraMLP) for module in model.modules())
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
+def test_exactly_the_adapters_train_and_all_of_them_get_a_gradient(base, batch, placement):
+    model = copy.deepcopy(base)
+    config = copy.deepcopy(placement)
+    config["injection"]["init_b_std"] = 0.02
+    molora.inject(model, config)
+    groups = molora.parameter_groups(model)
+    adapters = {name: p for group in groups.values() for name, p in group}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(adapters)
+    assert all(p.dtype == torch.float32 for p in adapters.values())
+
+    model(**batch).logits.square().mean().backward()
+    still = [name for name, p in adapters.items() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not still
+    assert all(p.grad is None for name, p in model.named_parameters() if name not in adapters)
+
+
+def test_groups_are_those_of_the_recipe(base):
+    model = copy.deepcopy(base)
+    molora.inject(model, PLACEMENTS["recipe"])
+    groups = molora.parameter_groups(model)
+    layers = 2
+    assert len(groups["lora"]) == layers * 3 * 2 and all(".mlp." in name for name, _ in groups["lora"])
+    assert len(groups["attn_lora"]) == layers * 4 * 2 and all(".self_attn." in name for name, _ in groups["attn_lora"])
+    assert len(groups["router"]) == layers * 3 * 2
+    assert routing.names(model)[:3] == [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+
+
+def test_experts_compute_what_the_formula_says(base, batch):
+    """One projection with hand-made gates, in fp64, against the sum over chosen experts."""
+    model = copy.deepcopy(base).double()
+    molora.inject(model, {"lora_r": 4, "lora_alpha": 6.0, "init_b_std": 0.1, "target_keywords": ["down_proj"]})
+    layer: LoraLinear = model.model.layers[0].mlp.down_proj
+    x = torch.randn(5, layer.base.in_features, dtype=torch.float64)
+
+    probs = torch.softmax(x @ layer.router.weight.double().T + layer.router.bias.double(), -1)
+    expected = x @ layer.base.weight.T
+    for t in range(5):
+        best = probs[t].topk(2).indices
+        for e in best:
+            gate = probs[t, e] / probs[t, best].sum()
+            a, b = layer.lora_a[4 * e : 4 * e + 4].double(), layer.lora_b[:, 4 * e : 4 * e + 4].double()
+            expected[t] += 6.0 / 4 * gate * (b @ (a @ x[t]))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_projections_that_share_an_input_are_computed_together_and_alone(base):
+    """q, k and v come from one call; another tensor in between never gets the first one's outputs."""
+    model = copy.deepcopy(base)
+    molora.inject(model, {"lora_r": 4, "init_b_std": 0.1})
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.shared is attention.k_proj.shared is attention.v_proj.shared
+    assert attention.o_proj.shared is not attention.q_proj.shared
+    x, other = torch.randn(2, 3, 64), torch.randn(2, 3, 64)
+    together = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
+    mixed = [attention.q_proj(x), attention.k_proj(other), attention.v_proj(x)]
+    assert torch.equal(together[0], mixed[0]) and torch.equal(together[2], mixed[2])
+    assert not torch.equal(together[1], mixed[1])
+    for projection, y in zip((attention.q_proj, attention.k_proj, attention.v_proj), together, strict=True):
+        plain = x @ projection.base.weight.T + projection.scaling * x @ projection.lora_a.T @ projection.lora_b.T
+        torch.testing.assert_close(y, plain)
+
+
+def test_layer_choice(base):
+    model = copy.deepcopy(base)
+    molora.inject(model, {"lora_r": 2, "layer_indices": [1]})
+    assert all(
+        name.startswith("model.layers.1.") for group in molora.parameter_groups(model).values() for name, _ in group
+    )
+    model = copy.deepcopy(base)
+    molora.inject(model, {"lora_r": 2, "start_layer": 0, "num_layers": 1})
+    assert all(
+        name.startswith("model.layers.0.") for group in molora.parameter_groups(model).values() for name, _ in group
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"target_keywords": ["gate_porj"]}, "gate_porj"),
+        ({"attn_lora": {"keywords": ["qkv"]}}, "qkv"),
+        ({"layer_indices": [2]}, "numbered from 0"),
+        ({"start_layer": 5}, "start_layer"),
+        ({"injection": {"target_keywords": ["gate_proj"]}, "moe": {"router_scope": "mlp"}}, "router_scope"),
+        ({"lora_rank": 4}, "lora_r"),
+    ],
+)
+def test_bad_targets_are_refused_and_the_model_is_left_alone(base, config, message):
+    model = copy.deepcopy(base)
+    with pytest.raises(molora.UserError, match=message):
+        molora.inject(model, config)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(isinstance(module, LoraLinear) for module in model.modules())
+
+
+def test_patching_twice_and_unknown_architectures_are_refused(base):
+    model = copy.deepcopy(base)
+    molora.inject(model, {"lora_r": 2})
+    with pytest.raises(molora.UserError, match="already"):
+        molora.inject(model, {"lora_r": 2})
+    with pytest.raises(molora.UserError, match=r"families\.py"):
+        molora.inject(nn.Linear(3, 3), {"lora_r": 2})
+    with pytest.raises(ValueError, match="no molora adapters"):
+        molora.remove(copy.deepcopy(base))
+
+
+def test_generation_with_a_cache_gives_the_tokens_of_full_forwards(base):
+    model = copy.deepcopy(base)
+    molora.inject(model, {"lora_r": 4, "init_b_std": 0.3})
+    ids = torch.randint(1, 320, (1, 6), generator=torch.Generator().manual_seed(0))
+    cached = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    for _ in range(8):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(cached, ids)
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_patched_mlp_compiles_without_a_graph_break(base, recording):
+    model = copy.deepcopy(base)
+    molora.inject(model, {"lora_r": 4, "init_b_std": 0.1})
+    mlp = model.model.layers[1].mlp
+    x = torch.randn(2, 5, 64)
+    record = routing.record(model, torch.ones(2, 5))
+    record.gradient = torch.randn_like(record.sums)
+    upstream = torch.randn(2, 5, 64)
+
+    def gradients(module: nn.Module) -> list[torch.Tensor]:
+        mlp.zero_grad()
+        (module(x) * upstream).sum().backward()
+        return [p.grad.clone() for p in mlp.parameters() if p.grad is not None]
+
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    if recording:
+        with routing.using(model, record):
+            expected, actual = gradients(mlp), gradients(compiled)
+    else:
+        expected, actual = gradients(mlp), gradients(compiled)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
