@@ -1,0 +1,61 @@
+"""Matrix products whose precision is stated, on every GPU and in Triton's interpreter.
+
+The interpreter multiplies the bits of bf16 operands as integers (silently), so there they are widened first; a product
+of two bf16 numbers is exact in fp32, so the result is what a tensor core gives up to the order of the sum.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""Whether ``TRITON_INTERPRET`` was set when triton was first imported."""
+
+
+@triton.jit
+def dot(b_a, b_b, b_acc):
+    """``acc + a @ b``, operands of one dtype, fp32 sums; fp32 operands are not rounded to tf32."""
+    if INTERPRETED:
+        return b_acc + tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), input_precision="ieee")
+    return tl.dot(b_a, b_b, b_acc, input_precision="ieee")
+
+
+@triton.jit
+def dot_fp32_by_fp32(b_a, b_b, b_acc, OUT: tl.constexpr):
+    """``acc + a @ b`` of fp32 operands, as accurate as a result that is rounded to ``OUT`` can show: full fp32 for
+    fp32, three tf32 products (about 21 bits) on tensor cores for 16-bit results."""
+    if INTERPRETED or OUT.primitive_bitwidth == 32:
+        return tl.dot(b_a, b_b, b_acc, input_precision="ieee")
+    return tl.dot(b_a, b_b, b_acc, input_precision="tf32x3")
+
+
+@triton.jit
+def dot_by_fp32(b_a, b_b, b_acc):
+    """``acc + a @ b`` for 16-bit or fp32 a and fp32 b, with every bit of b: fp32-true results from tensor cores.
+
+    A bf16 number times a bf16 number is exact in fp32, and fp32's 24 bits are three times bf16's 8: b is split into
+    three bf16 terms, without remainder. For fp16 a the terms of b are tf32 (11 + 11 + 2 bits), because fp16 terms
+    would fall below fp16's range. For fp32 a the product runs on the fp32 units.
+    """
+    if INTERPRETED or b_a.dtype == tl.float32:
+        return tl.dot(b_a.to(tl.float32), b_b, b_acc, input_precision="ieee")
+    if b_a.dtype == tl.bfloat16:
+        b_high = b_b.to(tl.bfloat16)
+        b_rest = b_b - b_high.to(tl.float32)
+        b_middle = b_rest.to(tl.bfloat16)
+        b_low = (b_rest - b_middle.to(tl.float32)).to(tl.bfloat16)
+        b_acc = tl.dot(b_a, b_low, b_acc)
+        b_acc = tl.dot(b_a, b_middle, b_acc)
+        return tl.dot(b_a, b_high, b_acc)
+    b_wide = b_a.to(tl.float32)
+    b_high = _upper_11_bits(b_b)
+    b_rest = b_b - b_high
+    b_middle = _upper_11_bits(b_rest)
+    b_acc = tl.dot(b_wide, b_rest - b_middle, b_acc, input_precision="tf32")
+    b_acc = tl.dot(b_wide, b_middle, b_acc, input_precision="tf32")
+    return tl.dot(b_wide, b_high, b_acc, input_precision="tf32")
+
+
+@triton.jit
+def _upper_11_bits(b_x):
+    """fp32 truncated to tf32's mantissa: what is left over is exact."""
+    return (b_x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
