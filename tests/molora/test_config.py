@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from molora import config
+from molora.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainig.lr=1"], "unknown key 'trainig'; did you mean 'training'"),
+        (["training.lrr=1"], r"unknown key 'training\.lrr'; did you mean 'lr'"),
+        (["injection.attn_lora.enable=true"], "did you mean 'enabled'"),
+        (["training.phases.0.trainables=[router]"], "did you mean 'trainable'"),
+        (["training.lr=.nan"], r"training\.lr: must be a finite number"),
+        (["training.lr=-1e-5"], r"training\.lr: input should be greater than or equal to 0"),
+        (["training.lr=fast"], r"training\.lr: input should be a valid number"),
+        (["training.batch_size=2.5"], r"training\.batch_size"),
+        (["training.batch_size=true"], r"training\.batch_size"),
+        (["injection.top_k=5"], "top_k=5 is larger than num_experts=4"),
+        (["injection.num_experts=1"], "at least 2"),
+        (["injection.lora_dropout=1.0"], "lora_dropout"),
+        (["training.type=dpo"], "trains type: sft only"),
+        (["training.phases.0.step=3"], "the first phase starts at step 0"),
+        (["training.phases=[{step: 0, trainable: [router]}, {step: 0, trainable: [lora]}]"], "out of order"),
+        (["training.phases.0.trainable=[routers]"], r"training\.phases\.0\.trainable\.0"),
+        (["training.phases.0.trainable=[]"], r"training\.phases\.0\.trainable"),
+        (["injection.strategy=dense_lora", "training.phases.0.trainable=[router]"], "trains nothing"),
+        (["training.phases.1.step=3"], "is a list of 1"),
+        (["training.lr.x=3"], "is a value"),
+        (["training.lr"], "write it as key.path=value"),
+        (["training.lr=[1"], "not valid YAML"),
+    ],
+)
+def test_bad_values_are_explained(overrides: list[str], message: str) -> None:
+    if "training.lr.x" in overrides[0]:
+        overrides = ["training.lr=1", *overrides]
+    with pytest.raises(UserError, match=message):
+        config.load(None, overrides)
+
+
+def test_every_problem_is_told_at_once() -> None:
+    with pytest.raises(UserError) as error:
+        config.load(None, ["training.lrr=1", "injection.lora_rr=2"])
+    assert "'training.lrr'" in str(error.value)
+    assert "'injection.lora_rr'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("a: [", "not valid YAML"), ("- 1", "expected keys"), ("\x00", "not valid YAML")]
+)
+def test_bad_files_are_explained(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "p.yml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        config.load(path)
+    with pytest.raises(UserError, match="no such file"):
+        config.load(tmp_path / "none.yml")
+
+
+def test_overrides_mean_what_yaml_means() -> None:
+    loaded = config.load(None, ["training.lr=1e-5", "training.phases.0.trainable=[lora]", "model_name=a=b", "seed=3"])
+    assert loaded.training.lr == 1e-5
+    assert loaded.training.phases[0].trainable == ["lora"]
+    assert loaded.model_name == "a=b"
+    assert config.load(None, ["training.lr=0"]).training.lr == 0
+
+
+def test_what_is_saved_loads_as_the_same(tmp_path: Path) -> None:
+    before = config.resolve(config.load(None, ["training.step_unit=micro", "training.grad_accum_steps=3"]))
+    path = tmp_path / "config.yml"
+    path.write_text(config.to_yaml(before))
+    assert config.resolve(config.load(path)) == before
+
+
+def test_micro_steps_become_optimizer_steps_once() -> None:
+    loaded = config.load(
+        None,
+        [
+            "training.step_unit=micro",
+            "training.grad_accum_steps=2",
+            "training.max_train_steps=5",
+            "training.warmup_steps=3",
+            "training.val_steps=0",
+            "training.phases=[{step: 0, trainable: [router]}, {step: 3, trainable: [lora]}]",
+        ],
+    )
+    training = config.resolve(loaded).training
+    assert (training.max_train_steps, training.warmup_steps, training.val_steps) == (3, 2, 0)
+    assert [phase.step for phase in training.phases] == [0, 2]
+    assert training.in_optimizer_steps() is training
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=4),
+        lambda inner: (
+            st.lists(inner, max_size=2)
+            | st.dictionaries(
+                st.sampled_from(["training", "phases", "lr", "injection", "top_k", "moe", "data", "path", "x"]),
+                inner,
+                max_size=3,
+            )
+        ),
+        max_leaves=10,
+    )
+)
+def test_whatever_the_tree_it_is_checked_or_explained(tree: object) -> None:
+    overrides = [f"{key}={yaml.safe_dump(value)}" for key, value in tree.items()] if isinstance(tree, dict) else []
+    try:
+        config.resolve(config.load(None, overrides))
+    except UserError as error:
+        assert str(error)

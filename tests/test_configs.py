@@ -1,0 +1,59 @@
+"""Every preset is valid, and the reasoning presets hold the tutorial's numbers."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from molora import config
+
+ROOT = Path(__file__).parent.parent
+PRESETS = sorted((ROOT / "configs/presets").rglob("*.yml"))
+STAGE1 = ROOT / "configs/presets/reasoning/llama3.2_3b_mixture_lora_sft.yml"
+STAGE2 = ROOT / "configs/presets/reasoning/llama3.2_3b_mixture_lora_sft_cot.yml"
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_presets_are_valid(preset: Path) -> None:
+    config.resolve(config.load(preset))
+
+
+def test_the_stage_table() -> None:
+    one, two = config.load(STAGE1), config.load(STAGE2)
+    for stage in (one, two):
+        injection = stage.injection
+        shape = (injection.strategy, injection.num_experts, injection.top_k, injection.lora_r, injection.lora_alpha)
+        assert shape == ("mixture_lora", 4, 2, 32, 64)
+        assert injection.init_b_std == 0
+        assert stage.moe.load_balance.type == "aux_loss"
+        assert stage.training.step_unit == "micro"
+        assert stage.training.grad_accum_steps == 2
+    assert (one.injection.lora_dropout, two.injection.lora_dropout) == (0.08, 0.05)
+    assert [(phase.step, phase.trainable) for phase in one.training.phases] == [
+        (0, ["router"]),
+        (1000, ["router", "lora", "attn_lora"]),
+    ]
+    assert [(phase.step, phase.trainable) for phase in two.training.phases] == [(0, ["router", "lora", "attn_lora"])]
+    assert (one.training.lr, two.training.lr) == (6.0e-5, 1.5e-5)
+    assert (one.moe.router_z_loss_coef, two.moe.router_z_loss_coef) == (0.0003, 0.0001)
+    assert (one.moe.load_balance.aux_loss_coef, two.moe.load_balance.aux_loss_coef) == (0.003, 0.001)
+    assert (one.training.max_train_steps, two.training.max_train_steps) == (5000, 3000)
+    assert (one.data.max_length, two.data.max_length) == (512, 1024)
+    assert (one.training.batch_size, two.training.batch_size) == (10, 8)
+    assert (one.model_name, two.model_name) == (
+        "meta-llama/Llama-3.2-3B",
+        "outputs/reasoning/stage1_general_sft/final",
+    )
+
+
+def test_micro_batches_are_the_tutorials_work() -> None:
+    one, two = (config.resolve(config.load(preset)).training for preset in (STAGE1, STAGE2))
+    assert [phase.step for phase in one.phases] == [0, 500]
+    assert one.max_train_steps * one.batch_size * one.grad_accum_steps == 50_000
+    assert two.max_train_steps * two.batch_size * two.grad_accum_steps == 24_000
+
+
+def test_the_pipeline_script_parses() -> None:
+    subprocess.run(["bash", "-n", str(ROOT / "configs/run_llama32_pipeline_reasoning.sh")], check=True)
