@@ -71,8 +71,6 @@ def finished(output: Path) -> bool:
 
 def claim(output: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise :class:`UserError` unless a run may write to ``output``; changes nothing."""
-    if resume and overwrite:
-        raise UserError("--resume continues a run and --overwrite discards it: give one of them")
     existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"{output}: cannot be written in {existing}; choose another --output-dir")

@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import molora
+from molora import checkpoint, config, data, metrics
+from molora.errors import UserError
+from molora.trainer import Trainer
+from tests.conftest import make_rows, write_jsonl
+
+MakeConfig = Callable[..., config.Config]
+TIMES = {"tokens_per_second", "seconds_per_step"}
+
+
+@pytest.fixture
+def make_config(tiny_model_dir: Path, rows_file: Path) -> MakeConfig:
+    """A run of 7 steps with everything that could go wrong on resuming: two phases, dropout, accumulation, epochs."""
+
+    def make(*overrides: str) -> config.Config:
+        defaults = [
+            f"model_name={tiny_model_dir}",
+            f"data.path={rows_file}",
+            "data.max_length=64",
+            "device=cpu",
+            "model.load_precision.mode=fp32",
+            "injection.lora_r=4",
+            "injection.lora_dropout=0.1",
+            "training.phases=[{step: 0, trainable: [router]}, {step: 3, trainable: [router, lora, attn_lora]}]",
+            "training.lr=1e-2",
+            "training.max_train_steps=7",
+            "training.batch_size=4",
+            "training.grad_accum_steps=2",
+            "training.val_size=6",
+            "training.val_steps=3",
+            "training.save_steps=2",
+            "training.log_steps=1",
+        ]
+        return config.resolve(config.load(None, [*defaults, *overrides]))
+
+    return make
+
+
+def run(settings: config.Config, output: Path, *, resume: bool = False) -> Trainer:
+    trainer = Trainer(settings, output, data.read_rows(settings.data.path or ""), resume=resume)
+    trainer.train()
+    return trainer
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter.safetensors")
+
+
+def numbers(output: Path) -> list[dict[str, Any]]:
+    lines = metrics.read(output / metrics.FILE)
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert numbers(one) == numbers(other)
+    for folder in ("final", "checkpoint-best"):
+        expected, found = weights(one / folder), weights(other / folder)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def crash(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Train until the run dies: before the update of a step, or in the middle of saving one."""
+
+    class Killed(BaseException):
+        pass
+
+    kind, _, step = where.partition(" ")
+    dies = int(step)
+
+    def update(*_: object) -> torch.Tensor:
+        if trainer.progress.step == dies:
+            raise Killed
+        return alive_update(trainer.config.training.max_grad_norm)
+
+    def save(state: dict[str, Any], path: Path) -> None:
+        alive_save(state, path)
+        if trainer.progress.step == dies:
+            raise Killed
+
+    alive_update, alive_save = trainer._update, torch.save
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        if kind == "update":
+            patch.setattr(trainer, "_update", update)
+        else:
+            patch.setattr(torch, "save", save)
+        trainer.train()
+
+
+@pytest.mark.parametrize("where", ["update 1", "update 3", "update 6", "save 2", "save 6"])
+def test_a_killed_run_resumes_bit_for_bit(
+    where: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_config()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(settings, whole)
+    crash(Trainer(settings, killed, data.read_rows(settings.data.path or "")), monkeypatch, where)
+    assert not checkpoint.finished(killed)
+    torch.manual_seed(999)  # what the process did before must not matter
+    run(settings, killed, resume=True)
+    assert_same_run(whole, killed)
+    assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = make_config()
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    run(settings, whole)
+    shutil.copytree(whole, damaged)
+    shutil.rmtree(damaged / "final")
+    state = damaged / "checkpoint-7" / "training_state.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    (damaged / "checkpoint-6" / "adapter.safetensors").unlink()
+    run(settings, damaged, resume=True)
+    assert "checkpoint-7 is damaged (checksum of training_state.pt)" in caplog.text
+    assert "checkpoint-6 is damaged (adapter.safetensors is missing)" in caplog.text
+    assert_same_run(whole, damaged)
+
+
+def test_resuming_with_other_settings_or_data_is_refused(
+    make_config: MakeConfig, tmp_path: Path, rows_file: Path
+) -> None:
+    run(make_config("training.max_train_steps=2"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"training\.lr=0\.01, now it is 0\.02"):
+        run(make_config("training.max_train_steps=2", "training.lr=2e-2"), tmp_path / "run", resume=True)
+    write_jsonl(rows_file, make_rows(48, seed=5))
+    with pytest.raises(UserError, match="data files have changed"):
+        run(make_config("training.max_train_steps=2"), tmp_path / "run", resume=True)
+
+
+def gradients(settings: config.Config, output: Path) -> tuple[metrics.Measured, dict[str, torch.Tensor]]:
+    """What the first step measured, and the gradient it would have applied."""
+    trainer = Trainer(settings, output, data.read_rows(settings.data.path or ""))
+    trainer.model.train()
+    taken: dict[str, torch.Tensor] = {}
+
+    def update(_: float) -> torch.Tensor:
+        groups = molora.parameter_groups(trainer.model).values()
+        taken.update((name, p.grad) for members in groups for name, p in members if p.grad is not None)
+        return torch.nn.utils.get_total_norm(taken.values())
+
+    trainer._update = update  # type: ignore[method-assign]
+    trainer.enter_phase()
+    return trainer.train_step(next(iter(trainer.windows()))), taken
+
+
+ALL_OPEN = (
+    "training.phases=[{step: 0, trainable: [router, lora, attn_lora]}]",
+    "injection.lora_dropout=0",
+    "injection.init_b_std=0.05",
+    "moe.router_z_loss_coef=0.3",
+    "moe.load_balance.aux_loss_coef=0.5",
+)
+
+
+@pytest.mark.parametrize(
+    ("rows", "micro_batches", "checkpointing"),
+    [
+        (8, 4, "none"),
+        (9, 3, "none"),
+        (8, 1, "non_reentrant"),
+        (8, 2, "non_reentrant"),
+        (8, 1, "reentrant"),
+        (8, 2, "reentrant"),
+    ],
+)
+def test_accumulation_and_checkpointing_give_the_gradient_of_one_large_batch(
+    rows: int, micro_batches: int, checkpointing: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    def split(count: int) -> tuple[str, str]:
+        return f"training.batch_size={rows // count}", f"training.grad_accum_steps={count}"
+
+    expected, expected_gradient = gradients(make_config(*ALL_OPEN, *split(1)), tmp_path / "large")
+    kind = f"model.gradient_checkpointing={checkpointing}"
+    found, gradient = gradients(make_config(*ALL_OPEN, *split(micro_batches), kind), tmp_path / "small")
+    assert gradient.keys() == expected_gradient.keys()
+    for name, exact in expected_gradient.items():
+        torch.testing.assert_close(gradient[name], exact, rtol=1e-4, atol=1e-6)
+    for name in ("loss", "z_loss", "load_balance", "grad_norm", "load"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
+    assert found.tokens == expected.tokens
+
+
+def test_micro_batch_scope_is_token_weighted_too(make_config: MakeConfig, tmp_path: Path) -> None:
+    """The z-loss is a mean over tokens, so counting the load per micro-batch must not change its gradient."""
+    settings = (*ALL_OPEN, "moe.load_balance.type=none")
+    _, expected = gradients(make_config(*settings), tmp_path / "step")
+    _, found = gradients(make_config(*settings, "moe.load_balance.scope=micro_batch"), tmp_path / "micro")
+    for name, exact in expected.items():
+        torch.testing.assert_close(found[name], exact, rtol=1e-4, atol=1e-6)
+
+
+def test_phases_open_parameters_with_fresh_state(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = run(make_config(), tmp_path / "run")
+    groups = molora.parameter_groups(trainer.model)
+    counted = {
+        group: {int(trainer.optimizer.state[parameter]["step"]) for _, parameter in members}
+        for group, members in groups.items()
+    }
+    assert counted == {"router": {7}, "lora": {4}, "attn_lora": {4}}
+    before = weights(tmp_path / "run" / "checkpoint-2")
+    assert all(not tensor.any() for name, tensor in before.items() if name.endswith("lora_b"))
+    after = weights(tmp_path / "run" / "final")
+    assert [name for name in after if torch.equal(after[name], before[name])] == []
+    shown = capsys.readouterr().out
+    assert "phase from step 0 | trains: router 12 tensors 2,072 elements | frozen: lora 12 tensors" in shown
+    assert "phase from step 3 | trains: router 12 tensors 2,072 elements, lora 12 tensors" in shown
+
+
+def test_dense_lora_and_workers_train_too(make_config: MakeConfig, tmp_path: Path) -> None:
+    settings = make_config(
+        "injection.strategy=dense_lora",
+        "training.phases=[{step: 0, trainable: [router, lora, attn_lora]}]",
+        "training.num_workers=1",
+        "logging.metrics_level=advanced",
+    )
+    run(settings, tmp_path / "run")
+    lines = metrics.read(tmp_path / "run" / metrics.FILE)
+    assert lines[0]["load"] == {}
+    assert lines[-1]["val_loss"] < lines[0]["loss"]
+
+
+def test_aux_loss_free_balancing_moves_the_selection_bias(make_config: MakeConfig, tmp_path: Path) -> None:
+    run(make_config("moe.load_balance.type=aux_loss_free"), tmp_path / "run")
+    biases = [tensor for name, tensor in weights(tmp_path / "run" / "final").items() if "selection_bias" in name]
+    assert biases
+    assert all(bias.any() for bias in biases)
+
+
+def test_what_a_run_leaves(make_config: MakeConfig, tmp_path: Path, tiny_model_dir: Path) -> None:
+    output = tmp_path / "run"
+    settings = make_config("training.save_total_limit=2", "logging.metrics_level=advanced", "seed=7")
+    trainer = run(settings, output)
+    assert sorted(path.name for path in output.iterdir()) == [
+        "checkpoint-6",
+        "checkpoint-7",
+        "checkpoint-best",
+        "config.yml",
+        "final",
+        "metrics.jsonl",
+        "provenance.json",
+    ]
+    assert config.resolve(config.load(output / "final" / "config.yml")) == settings
+    origin = json.loads((output / "final" / "provenance.json").read_text())
+    assert origin["seed"] == 7
+    assert list(origin["data"]) == [settings.data.path]
+    lines = metrics.read(output / metrics.FILE)
+    losses = [line["val_loss"] for line in lines if "val_loss" in line]
+    assert trainer.progress.best_loss == min(losses)
+    assert trainer.progress.rows == 7 * 8
+    load = next(line["load"] for line in lines if "load" in line)
+    assert next(iter(load)) == "model.layers.0.mlp.gate_proj"
+    assert all(sum(shares) == pytest.approx(1, abs=1e-3) for shares in load.values())
+    model, tokenizer = molora.load(output / "final")
+    assert tokenizer.chat_template == trainer.tokenizer.chat_template
+    assert not model.training
+
+
+@pytest.mark.parametrize("full", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
+def test_a_full_disk_stops_the_run_and_keeps_older_checkpoints(
+    full: Exception, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, output = make_config(), tmp_path / "run"
+    alive = torch.save
+
+    def save(state: dict[str, Any], path: Path) -> None:
+        if "checkpoint-4" in str(path):
+            path.write_bytes(b"half")
+            raise full
+        alive(state, path)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(UserError, match="checkpoint-4: cannot be saved"):
+        run(settings, output)
+    assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []
+    assert checkpoint.newest(output) == output / "checkpoint-2"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    settings = make_config("training.log_steps=100")
+    trainer = Trainer(settings, tmp_path / "run", data.read_rows(settings.data.path or ""))
+    _, router = molora.parameter_groups(trainer.model)["router"][0]
+    router.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="loss is nan at step 1"):
+        trainer.train()
+    assert list((tmp_path / "run").glob("checkpoint-*")) == []
