@@ -90,7 +90,9 @@ def gate(s_TGR: Tensor, gates_THE: Tensor | None, groups: int, scaling: float) -
     """``scaling * gate * s``, multiplied in the gates' precision and rounded once."""
     if gates_THE is None:
         return s_TGR * scaling
-    s = s_TGR.view(s_TGR.shape[0], groups, gates_THE.shape[-1], -1)
+    tokens, columns = s_TGR.shape
+    experts = gates_THE.shape[-1]
+    s = s_TGR.view(tokens, groups, experts, columns // (groups * experts))
     return (s * (gates_THE * scaling).unsqueeze(-1)).to(s_TGR.dtype).view(s_TGR.shape)
 
 

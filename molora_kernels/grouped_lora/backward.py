@@ -1,0 +1,264 @@
+"""Backward on the GPU: weight gradients (K4, K5) and input gradient (K6); the gates' part (K3) is ``gating.py``.
+
+Shape letters: T tokens, K input features, N output features, G projections that read the same input, E experts,
+r rank of one expert, R = E * r, P = G * R columns of the shrink, H gate sets (G, or 1 shared by all projections).
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (Triton types a launch as a plain call of the kernel: it knows neither num_warps nor that constexpr takes an int.)
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from molora_kernels import dropout
+from molora_kernels._triton.dot import dot, dot_by_fp32, dot_fp32_by_fp32
+from molora_kernels._triton.dropout import kept, row_keys
+from molora_kernels._triton.tiles import capability_of, launching_on
+from molora_kernels.grouped_lora import gating, portable, tiles
+from molora_kernels.grouped_lora.forward import rows_contiguous
+
+
+@triton.jit
+def weight_bwd_kernel(
+    p_left,
+    p_dlogits,
+    p_x,
+    p_seed,
+    p_partials,
+    p_router_partials,
+    T,
+    P,
+    Q,
+    K,
+    stride_lt,
+    stride_xt,
+    stride_op,
+    stride_ok,
+    stream,
+    threshold,
+    keep_scale,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """partials (SPLITS, P, K) = left (T, P)^T @ dropout(x) (T, K) and router_partials (SPLITS, Q, K) =
+    dlogits (T, Q)^T @ x, each split over its own run of rows, in one pass over x.
+
+    Programs of the same columns of x are neighbours: they share x in the L2. With a router there is one block of P.
+    """
+    i_p, i_k, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_q = tl.arange(0, BLOCK_Q)
+    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_p, m_q, m_k = o_p < P, o_q < Q, o_k < K
+
+    b_w = tl.zeros([BLOCK_P, BLOCK_K], dtype=tl.float32)
+    b_router = tl.zeros([BLOCK_K, BLOCK_Q], dtype=tl.float32)
+    blocks = tl.cdiv(tl.cdiv(T, BLOCK_T), SPLITS)
+    for i_t in range(i_s * blocks, (i_s + 1) * blocks):
+        o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+        m_t = o_t < T
+        o_row = o_t.to(tl.int64)
+        b_x = tl.load(p_x + o_row[:, None] * stride_xt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)
+        if p_dlogits is not None:
+            p_rows = p_dlogits + o_row[:, None] * Q + o_q[None, :]
+            b_dlogits = tl.load(p_rows, mask=m_t[:, None] & m_q[None, :], other=0.0)
+            b_router = dot_by_fp32(tl.trans(b_x), b_dlogits, b_router)
+        if p_left is not None:
+            p_rows = p_left + o_row[None, :] * stride_lt + o_p[:, None]
+            b_left = tl.load(p_rows, mask=m_p[:, None] & m_t[None, :], other=0.0)
+            if p_seed is not None:
+                b_x = tl.where(kept(row_keys(p_seed, o_t, stream), i_k * BLOCK_K, threshold, BLOCK_K), b_x, 0.0)
+            b_w = dot(b_left, b_x, b_w)
+
+    o_split = i_s.to(tl.int64)
+    if p_left is not None:
+        if p_seed is not None:
+            b_w *= keep_scale
+        o_out = o_split * P * K + o_p.to(tl.int64)[:, None] * stride_op + o_k.to(tl.int64)[None, :] * stride_ok
+        tl.store(p_partials + o_out, b_w, mask=m_p[:, None] & m_k[None, :])
+    if p_dlogits is not None:
+        o_out = (o_split * Q + o_q)[None, :] * K + o_k[:, None]
+        tl.store(p_router_partials + o_out, b_router, mask=m_k[:, None] & m_q[None, :])
+
+
+@triton.jit
+def input_bwd_kernel(
+    p_ds,
+    p_a,
+    p_dlogits,
+    p_router,
+    p_seed,
+    p_dx,
+    T,
+    P,
+    Q,
+    K,
+    stream,
+    threshold,
+    keep_scale,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dx (T, K) = dropout(ds (T, P) @ a (P, K)) + dlogits (T, Q) @ router (Q, K)."""
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    i_k, i_t = tl.program_id(0) % blocks_k, tl.program_id(0) // blocks_k
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_t, m_k = o_t < T, o_k < K
+    o_row = o_t.to(tl.int64)
+
+    b_dx = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32)
+    for i_p in range(tl.cdiv(P, BLOCK_P)):
+        o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
+        m_p = o_p < P
+        b_ds = tl.load(p_ds + o_row[:, None] * P + o_p[None, :], mask=m_t[:, None] & m_p[None, :], other=0.0)
+        b_a = tl.load(p_a + o_p.to(tl.int64)[:, None] * K + o_k[None, :], mask=m_p[:, None] & m_k[None, :], other=0.0)
+        b_dx = dot(b_ds, b_a, b_dx)
+    if p_seed is not None:
+        m_kept = kept(row_keys(p_seed, o_t, stream), i_k * BLOCK_K, threshold, BLOCK_K)
+        b_dx = tl.where(m_kept, b_dx * keep_scale, 0.0)
+    if p_dlogits is not None:
+        o_q = tl.arange(0, BLOCK_Q)
+        m_q = o_q < Q
+        b_dlogits = tl.load(p_dlogits + o_row[:, None] * Q + o_q[None, :], mask=m_t[:, None] & m_q[None, :], other=0.0)
+        b_w = tl.load(
+            p_router + o_q.to(tl.int64)[:, None] * K + o_k[None, :], mask=m_q[:, None] & m_k[None, :], other=0.0
+        )
+        b_dx = dot_fp32_by_fp32(b_dlogits, b_w, b_dx, p_dx.dtype.element_ty)
+    tl.store(p_dx + o_row[:, None] * K + o_k[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_t[:, None] & m_k[None, :])
+
+
+def backward(
+    dys_TN: list[Tensor],
+    x_TK: Tensor,
+    weights_NK: list[Tensor],
+    lora_a_RK: list[Tensor],
+    lora_b_NR: list[Tensor],
+    gates_THE: Tensor | None,
+    s_TP: Tensor,
+    dropout_seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    stream: int,
+    need_dx: bool,
+    need_dlora: bool,
+    need_dgates: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """dx (T, K), da (P, K), db (N, R) per projection, dgates (T, H, E); whatever is not needed has zero elements."""
+    if x_TK.dtype == torch.float64:  # as in forward
+        return portable.backward(
+            dys_TN, x_TK, weights_NK, lora_a_RK, lora_b_NR, gates_THE, s_TP, dropout_seed, scaling, dropout_p, stream,
+            need_dx, need_dlora, need_dgates,
+        )  # fmt: skip
+    x_TK, dys_TN = rows_contiguous(x_TK), [rows_contiguous(dy) for dy in dys_TN]
+    drop = (dropout_seed, dropout_p, stream)
+    dx, da = x_TK.new_empty(0), x_TK.new_empty(0)  # two: an operator's outputs may not share memory
+    db: list[Tensor] = []
+
+    dgated = unexpand(dys_TN, lora_b_NR, s_TP)
+    ds, gated, dgates = gating.gate_backward(
+        dgated, s_TP, gates_THE, len(dys_TN), scaling,
+        need_ds=need_dx or need_dlora, need_gated=need_dlora, need_dgates=need_dgates and gates_THE is not None,
+    )  # fmt: skip
+    if need_dlora:
+        db = expand_grads(dys_TN, gated, lora_b_NR)
+        da = weight_grads(x_TK, ds, None, *drop)[0].to(lora_a_RK[0].dtype)
+    if need_dx:
+        dx = input_grad(ds, torch.cat(lora_a_RK).to(x_TK.dtype), None, None, *drop)
+        for dy, weight in zip(dys_TN, weights_NK, strict=True):
+            dx.addmm_(dy, weight)
+    return dx, da, db, dgates
+
+
+def unexpand(dys_TN: list[Tensor], lora_b_NR: list[Tensor], s_TP: Tensor) -> Tensor:
+    """The gradient of the gated shrink, (T, P): dy_g @ B_g side by side."""
+    dgated = torch.empty_like(s_TP)
+    for dy, b, part in zip(dys_TN, lora_b_NR, dgated.chunk(len(dys_TN), 1), strict=True):
+        torch.mm(dy, b.to(dy.dtype), out=part)
+    return dgated
+
+
+def expand_grads(dys_TN: list[Tensor], gated_TP: Tensor, lora_b_NR: list[Tensor]) -> list[Tensor]:
+    """db_g = dy_g^T @ gated_g, in B's dtype."""
+    parts = gated_TP.chunk(len(dys_TN), 1)
+    return [
+        weight_grads(dy, part, None, transposed=True)[0].to(b.dtype)
+        for dy, part, b in zip(dys_TN, parts, lora_b_NR, strict=True)
+    ]
+
+
+def weight_grads(
+    x_TK: Tensor,
+    left_TP: Tensor | None,
+    dlogits_TQ: Tensor | None,
+    dropout_seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+    stream: int = 0,
+    *,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """left^T @ dropout(x), (P, K) or ``transposed`` (K, P), and dlogits^T @ x, (Q, K); fp32, empty where not given.
+
+    Bitwise the same on every run: fp32 partials over fixed runs of rows, then their sum.
+    """
+    if left_TP is None and dlogits_TQ is None:
+        return x_TK.new_empty(0), x_TK.new_empty(0)
+    if left_TP is not None and dlogits_TQ is not None:
+        Q = dlogits_TQ.shape[1]
+        if not tiles.rides_along(left_TP.shape[1], tiles.padded_logits(Q), x_TK.dtype):
+            dw, _ = weight_grads(x_TK, left_TP, None, dropout_seed, dropout_p, stream, transposed=transposed)
+            return dw, weight_grads(x_TK, None, dlogits_TQ)[1]
+    T, K = x_TK.shape
+    P, Q = (0 if t is None else t.shape[1] for t in (left_TP, dlogits_TQ))
+    q_padded = tiles.padded_logits(Q)
+    tile = tiles.weight_tiles(P, q_padded if Q else 0, x_TK.dtype, capability_of(x_TK.device))
+    splits = tiles.weight_splits(T, P, K, tile)
+    shape, strides = ((splits, K, P), (1, P)) if transposed else ((splits, P, K), (K, 1))
+    partials = x_TK.new_empty(shape, dtype=torch.float32)
+    router_partials = x_TK.new_empty(splits, Q, K, dtype=torch.float32)
+    with launching_on(x_TK.device):
+        weight_bwd_kernel[(triton.cdiv(max(P, 1), tile.block_n), triton.cdiv(K, tile.block_k), splits)](
+            left_TP, dlogits_TQ, x_TK, dropout_seed if dropout_p else None, partials, router_partials,
+            T, P, Q, K, 0 if left_TP is None else left_TP.stride(0), x_TK.stride(0), *strides,
+            stream, dropout.threshold(dropout_p), dropout.survivor_scale(dropout_p),
+            SPLITS=splits,
+            BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_Q=q_padded, BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    if splits == 1:
+        return partials[0], router_partials[0]
+    return partials.sum(0), router_partials.sum(0)
+
+
+def input_grad(
+    ds_TP: Tensor,
+    a_PK: Tensor,
+    dlogits_TQ: Tensor | None,
+    router_QK: Tensor | None,
+    dropout_seed: Tensor | None,
+    dropout_p: float,
+    stream: int,
+) -> Tensor:
+    """dropout(ds @ a) + dlogits @ router, (T, K) in ds's dtype: what base projections then add to."""
+    (T, P), K = ds_TP.shape, a_PK.shape[1]
+    Q = 0 if dlogits_TQ is None else dlogits_TQ.shape[1]
+    tile = tiles.input_tiles(P, ds_TP.dtype, capability_of(ds_TP.device))
+    dx = ds_TP.new_empty(T, K)
+    if not dx.numel():
+        return dx
+    with launching_on(ds_TP.device):
+        input_bwd_kernel[(triton.cdiv(K, tile.block_k) * triton.cdiv(T, tile.block_t),)](
+            ds_TP, a_PK, dlogits_TQ, router_QK, dropout_seed if dropout_p else None, dx, T, P, Q, K,
+            stream, dropout.threshold(dropout_p), dropout.survivor_scale(dropout_p),
+            BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_Q=tiles.padded_logits(Q), BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return dx

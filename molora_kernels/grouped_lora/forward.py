@@ -1,0 +1,232 @@
+"""Forward on the GPU: shrink (K1) and expand (K2); the gates between them are ``gating.py``.
+
+Shape letters: T tokens, K input features, N output features, G projections that read the same input, E experts,
+r rank of one expert, R = E * r, P = G * R columns of the shrink, H gate sets (G, or 1 shared by all projections).
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (Triton types a launch as a plain call of the kernel: it knows neither num_warps nor that constexpr takes an int.)
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from molora_kernels import dropout
+from molora_kernels._triton.dot import dot, dot_by_fp32
+from molora_kernels._triton.dropout import kept, row_keys
+from molora_kernels._triton.routing import choose, gates_of, softmax, sums_of
+from molora_kernels._triton.tiles import capability_of, launching_on
+from molora_kernels.grouped_lora import gating, portable, tiles
+
+
+@triton.jit
+def shrink_fwd_kernel(
+    p_x,
+    p_a,
+    p_seed,
+    p_s,
+    p_router,
+    p_bias,
+    p_selection,
+    p_mask,
+    p_gates,
+    p_logits,
+    p_partials,
+    T,
+    K,
+    P,
+    H,
+    stride_xt,
+    stream,
+    threshold,
+    keep_scale,
+    TOP_K: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """s (T, P) = dropout(x) (T, K) @ a (P, K)^T and, with a router, gates and logits (T, H, E) of x itself and each
+    row block's share of the routers' sums and counts (H, 1 + 2E), all in one pass over x.
+
+    Programs of the same rows are neighbours: they share x in the L2. With a router there is one block of P.
+    """
+    blocks_p = tl.cdiv(P, BLOCK_P)
+    i_p, i_t = tl.program_id(0) % blocks_p, tl.program_id(0) // blocks_p
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    m_t, m_p = o_t < T, o_p < P
+    p_rows = p_x + o_t.to(tl.int64)[:, None] * stride_xt
+    p_columns = p_a + o_p.to(tl.int64)[None, :] * K
+    if p_seed is not None:
+        b_keys = row_keys(p_seed, o_t, stream)
+    if p_router is not None:
+        # Column h * E_PAD + e of the logits is expert e of router h.
+        o_q = tl.arange(0, HEADS * E_PAD)
+        m_q = (o_q // E_PAD < H) & (o_q % E_PAD < E)
+        p_router_columns = p_router + (o_q // E_PAD * E + o_q % E_PAD).to(tl.int64)[None, :] * K
+        b_logits = tl.zeros([BLOCK_T, HEADS * E_PAD], dtype=tl.float32)
+
+    b_s = tl.zeros([BLOCK_T, BLOCK_P], dtype=tl.float32)
+    for i_k in range(tl.cdiv(K, BLOCK_K)):
+        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        m_k = o_k < K
+        b_x = tl.load(p_rows + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)
+        b_a = tl.load(p_columns + o_k[:, None], mask=m_k[:, None] & m_p[None, :], other=0.0)
+        if p_router is not None:
+            b_router = tl.load(p_router_columns + o_k[:, None], mask=m_k[:, None] & m_q[None, :], other=0.0)
+            b_logits = dot_by_fp32(b_x, b_router, b_logits)
+        if p_seed is not None:
+            b_x = tl.where(kept(b_keys, i_k * BLOCK_K, threshold, BLOCK_K), b_x, 0.0)
+        b_s = dot(b_x, b_a, b_s)
+    if p_seed is not None:
+        b_s *= keep_scale
+    p_out = p_s + o_t.to(tl.int64)[:, None] * P + o_p[None, :]
+    tl.store(p_out, b_s.to(p_s.dtype.element_ty), mask=m_t[:, None] & m_p[None, :])
+
+    if p_router is not None:
+        o_row = tl.arange(0, BLOCK_T * HEADS)
+        o_h, o_e = o_row % HEADS, tl.arange(0, E_PAD)
+        o_token = i_t * BLOCK_T + o_row // HEADS
+        m_row = (o_token < T) & (o_h < H)
+        m_e = o_e < E
+        m_routed = m_row[:, None] & m_e[None, :]
+        o_routed = (o_token.to(tl.int64) * H + o_h)[:, None] * E + o_e[None, :]
+        o_bias = o_h[:, None] * E + o_e[None, :]
+        b_logits = tl.reshape(b_logits, (BLOCK_T * HEADS, E_PAD))
+        if p_bias is not None:
+            b_logits += tl.load(p_bias + o_bias, mask=m_routed, other=0.0)
+        b_probs, b_lse = softmax(b_logits, E, E_PAD)
+        b_scores = b_logits
+        if p_selection is not None:
+            b_scores = b_probs + tl.load(p_selection + o_bias, mask=m_routed, other=0.0)
+        b_chosen = choose(b_scores, TOP_K, E, E_PAD)
+        tl.store(p_gates + o_routed, gates_of(b_probs, b_chosen, TOP_K), mask=m_routed)
+        tl.store(p_logits + o_routed, b_logits, mask=m_routed)
+
+        if p_mask is not None:
+            m_row = m_row & (tl.load(p_mask + o_token, mask=m_row, other=0) != 0)
+        b_z, b_prob_sums, b_counts = sums_of(b_probs, b_lse, b_chosen, m_row, HEADS, E_PAD)
+        o_head = tl.arange(0, HEADS)
+        m_head = (o_head < H)[:, None] & m_e[None, :]
+        p_block = p_partials + (i_t.to(tl.int64) * H + o_head) * (1 + 2 * E)
+        tl.store(p_block, b_z, mask=o_head < H)
+        tl.store(p_block[:, None] + (1 + o_e)[None, :], b_prob_sums, mask=m_head)
+        tl.store(p_block[:, None] + (1 + E + o_e)[None, :], b_counts, mask=m_head)
+
+
+def forward(
+    x_TK: Tensor,
+    weights_NK: list[Tensor],
+    biases_N: list[Tensor],
+    lora_a_RK: list[Tensor],
+    lora_b_NR: list[Tensor],
+    gates_THE: Tensor | None,
+    dropout_seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    stream: int,
+) -> tuple[list[Tensor], Tensor]:
+    """One (T, N) output per projection, and the ungated shrink (T, P) that backward needs."""
+    if x_TK.dtype == torch.float64:  # tensor cores stop at fp32; fp64 is for checking gradients
+        return portable.forward(
+            x_TK, weights_NK, biases_N, lora_a_RK, lora_b_NR, gates_THE, dropout_seed, scaling, dropout_p, stream
+        )
+    x_TK = rows_contiguous(x_TK)
+    s = shrink(x_TK, torch.cat(lora_a_RK).to(x_TK.dtype), dropout_seed, dropout_p, stream)
+    return expand(x_TK, weights_NK, biases_N, lora_b_NR, gating.gate(s, gates_THE, len(weights_NK), scaling)), s
+
+
+def shrink(x_TK: Tensor, a_PK: Tensor, dropout_seed: Tensor | None, dropout_p: float, stream: int) -> Tensor:
+    """dropout(x) @ a^T, (T, P) in x's dtype."""
+    return _shrink(x_TK, a_PK, dropout_seed, dropout_p, stream, None)[0]
+
+
+class Routers(NamedTuple):
+    """H routers that read the same input; shapes as in :func:`molora_kernels.router`."""
+
+    weight: Tensor
+    """(H, E, K) fp32"""
+    bias: Tensor | None
+    selection_bias: Tensor | None
+    mask: Tensor | None
+    top_k: int
+
+
+class Routed(NamedTuple):
+    gates: Tensor
+    """(T, H, E) fp32"""
+    logits: Tensor
+    """(T, H, E) fp32"""
+    sums: Tensor
+    """(H, 1 + E) fp32"""
+    counts: Tensor
+    """(H, E) fp32"""
+
+
+def route_and_shrink(
+    x_TK: Tensor, a_PK: Tensor, routers: Routers, dropout_seed: Tensor | None, dropout_p: float, stream: int
+) -> tuple[Tensor, Routed]:
+    """The shrink and what the routers say of x itself, in one pass over x; only where ``tiles.rides_along``."""
+    s, routed = _shrink(x_TK, a_PK, dropout_seed, dropout_p, stream, routers)
+    assert routed is not None
+    return s, routed
+
+
+def _shrink(
+    x_TK: Tensor, a_PK: Tensor, dropout_seed: Tensor | None, dropout_p: float, stream: int, routers: Routers | None
+) -> tuple[Tensor, Routed | None]:
+    (T, K), P = x_TK.shape, a_PK.shape[0]
+    H, E = (0, 1) if routers is None else routers.weight.shape[:2]
+    heads, experts = tiles.padded_experts(H, E)
+    Q = heads * experts if routers else 0
+    tile = tiles.shrink_tiles(P, Q, x_TK.dtype, capability_of(x_TK.device))
+    blocks_p, blocks_t = triton.cdiv(P, tile.block_n), triton.cdiv(T, tile.block_t)
+    s = x_TK.new_empty(T, P)
+    gates = logits = partials = None
+    given: tuple[Tensor | None, ...] = (None,) * 4
+    if routers is not None:
+        assert tiles.rides_along(P, Q, x_TK.dtype)
+        gates, logits = (x_TK.new_empty(T, H, E, dtype=torch.float32) for _ in range(2))
+        partials = x_TK.new_empty(blocks_t, H, 1 + 2 * E, dtype=torch.float32)
+        given = routers[:4]
+    if T and P:
+        with launching_on(x_TK.device):
+            shrink_fwd_kernel[(blocks_p * blocks_t,)](
+                x_TK, a_PK, dropout_seed if dropout_p else None, s, *given, gates, logits, partials,
+                T, K, P, H, x_TK.stride(0), stream, dropout.threshold(dropout_p), dropout.survivor_scale(dropout_p),
+                TOP_K=routers.top_k if routers else 1, E=E, E_PAD=experts, HEADS=heads,
+                BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_K=tile.block_k,
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+    if gates is None or logits is None or partials is None:
+        return s, None
+    totals = partials.sum(0)
+    return s, Routed(gates, logits, totals[:, : 1 + E], totals[:, 1 + E :])
+
+
+def expand(
+    x_TK: Tensor, weights_NK: list[Tensor], biases_N: list[Tensor], lora_b_NR: list[Tensor], gated_TP: Tensor
+) -> list[Tensor]:
+    """y_g = x W_g^T + b_g + gated_g B_g^T.
+
+    The adapter's product comes first and the base projection adds to it: a matmul that reads its output tile once, in
+    its epilogue, hides that read, and the small addend is the one that is rounded.
+    """
+    outputs = []
+    for g, (weight, b, gated) in enumerate(zip(weights_NK, lora_b_NR, gated_TP.chunk(len(weights_NK), 1), strict=True)):
+        b_RN = b.to(x_TK.dtype).T
+        y = torch.addmm(biases_N[g], gated, b_RN) if biases_N else torch.mm(gated, b_RN)
+        outputs.append(y.addmm_(x_TK, weight.T))
+    return outputs
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """x itself if each of its rows is contiguous, which is all that the kernels ask, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()

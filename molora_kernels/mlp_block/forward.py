@@ -1,0 +1,101 @@
+"""Forward of the SwiGLU block on the GPU: route+shrink for gate and up, SwiGLU, route+shrink for down.
+
+Shape letters: T tokens, K hidden features, I intermediate features, H routers, E experts, P = G * R columns of the
+shrink of G projections.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (Triton types a launch as a plain call of the kernel: it knows neither num_warps nor that constexpr takes an int.)
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from molora_kernels._triton.tiles import launching_on
+from molora_kernels.grouped_lora import forward as grouped_lora
+from molora_kernels.grouped_lora import gating, tiles
+from molora_kernels.mlp_block import portable
+from molora_kernels.router import forward as router
+
+BLOCK = 1024
+"""Elements of one program of an elementwise kernel."""
+
+
+@triton.jit
+def swiglu_fwd_kernel(p_gate, p_up, p_h, n, BLOCK: tl.constexpr):
+    """h = silu(gate) * up, elementwise over n."""
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < n
+    b_gate = tl.load(p_gate + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_up = tl.load(p_up + o_n, mask=m_n, other=0.0).to(tl.float32)
+    tl.store(p_h + o_n, (b_gate * tl.sigmoid(b_gate) * b_up).to(p_h.dtype.element_ty), mask=m_n)
+
+
+def forward(
+    x_TK: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    router_weights: list[Tensor],
+    router_biases: list[Tensor],
+    selection_biases: list[Tensor],
+    mask_T: Tensor | None,
+    dropout_seed: Tensor | None,
+    top_k: int,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """y, sums, counts, and what backward needs: [h_gate, h_up, s_in, s_down, gates_in, logits_in, gates_down,
+    logits_down], of which the gates and logits are empty where there is no such router."""
+    if x_TK.dtype == torch.float64:  # tensor cores stop at fp32; fp64 is for checking gradients
+        return portable.forward(
+            x_TK, weights, biases, lora_a, lora_b, router_weights, router_biases, selection_biases, mask_T,
+            dropout_seed, top_k, scaling, dropout_p,
+        )  # fmt: skip
+
+    def route_and_shrink(x: Tensor, part: slice, stream: int) -> tuple[Tensor, grouped_lora.Routed | None]:
+        a = torch.cat(lora_a[part]).to(x.dtype)
+        drop = (dropout_seed, dropout_p, stream)
+        if not router_weights[part]:
+            return grouped_lora.shrink(x, a, *drop), None
+        weight = torch.stack(router_weights[part]).float()
+        bias, selection = (torch.stack(b[part]).float() if b else None for b in (router_biases, selection_biases))
+        heads, experts = tiles.padded_experts(*weight.shape[:2])
+        if tiles.rides_along(a.shape[0], heads * experts, x.dtype):
+            return grouped_lora.route_and_shrink(
+                x, a, grouped_lora.Routers(weight, bias, selection, router.flags(mask_T), top_k), *drop
+            )
+        routed = grouped_lora.Routed(*router.forward(x, weight, bias, selection, mask_T, top_k))
+        return grouped_lora.shrink(x, a, *drop), routed
+
+    def expand(x: Tensor, part: slice, s: Tensor, gates: Tensor | None) -> list[Tensor]:
+        gated = gating.gate(s, gates, len(weights[part]), scaling)
+        return grouped_lora.expand(x, weights[part], biases[part], lora_b[part], gated)
+
+    gate_up, down = slice(0, 2), slice(2, 3)
+    x_TK = grouped_lora.rows_contiguous(x_TK)
+    s_in, routed_in = route_and_shrink(x_TK, gate_up, 0)
+    h_gate, h_up = expand(x_TK, gate_up, s_in, routed_in and routed_in.gates)
+    h = swiglu(h_gate, h_up)
+    s_down, routed_down = route_and_shrink(h, down, 1)
+    gating_down = routed_down or routed_in
+    (y,) = expand(h, down, s_down, gating_down and gating_down.gates)
+
+    all_routed = [routed for routed in (routed_in, routed_down) if routed]
+    sums, counts = portable.no_routing(x_TK)
+    if all_routed:
+        sums, counts = torch.cat([r.sums for r in all_routed]), torch.cat([r.counts for r in all_routed])
+    routed = [(r.gates, r.logits) if r else (x_TK.new_empty(0), x_TK.new_empty(0)) for r in (routed_in, routed_down)]
+    return y, sums, counts, [h_gate, h_up, s_in, s_down, *routed[0], *routed[1]]
+
+
+def swiglu(h_gate_TI: Tensor, h_up_TI: Tensor) -> Tensor:
+    """silu(h_gate) * h_up, rounded once."""
+    h, n = torch.empty_like(h_gate_TI), h_gate_TI.numel()
+    if n:
+        with launching_on(h.device):
+            swiglu_fwd_kernel[(triton.cdiv(n, BLOCK),)](h_gate_TI, h_up_TI, h, n, BLOCK=BLOCK)
+    return h
