@@ -1,0 +1,251 @@
+"""Answers of a model: many at once, greedily, for evaluation; or on the terminal, as they are written.
+
+    python -m molora.generate --model outputs/quickstart/stage2/final --prompt "What is 12 + 30 - 7?"
+    python -m molora.generate --model outputs/quickstart/stage2/final
+
+Shape letters: B rows, P prompt tokens (padded at the left), T tokens so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from molora import chat, cli
+from molora.adapter import load
+from molora.chat import Message
+from molora.errors import UserError
+
+ROUND = 16
+"""Tokens between two looks at which rows of a batch are finished; those leave it, and the others go faster."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote after one prompt."""
+
+    tokens: list[int]
+    """Without the stop token."""
+    finished: bool
+    """It ended with a stop token, not because there was no room for more."""
+
+    @property
+    def generated(self) -> int:
+        """Tokens that the model produced, the stop token too."""
+        return len(self.tokens) + self.finished
+
+
+# --- many at once ------------------------------------------------------------------------------------------------
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Sequence[Message]],
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+) -> list[str]:
+    """Greedy answers, as text without special tokens, to questions or to conversations that end with one."""
+    conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    ids = [chat.encode_prompt(tokenizer, conversation) for conversation in conversations]
+    return [
+        decode(tokenizer, answer.tokens)
+        for answer in generate_tokens(model, tokenizer, ids, max_new_tokens, batch_size)
+    ]
+
+
+def generate_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    on_progress: Callable[[int], object] = lambda rows: None,
+) -> list[Answer]:
+    """Greedy answers to tokenised prompts, in their order; what the model's own generation defaults say is ignored.
+
+    Prompts of about the same length are answered together, the longest first, so that a lack of memory shows at once.
+    ``on_progress`` is told how many rows were finished since it was last called. Raises ValueError for an empty
+    prompt and for ``max_new_tokens`` or ``batch_size`` below 1.
+    """
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be at least 1")
+    if not all(prompts):
+        raise ValueError("a prompt has no tokens; there is nothing to go on from")
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        done = _generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, on_progress)
+        answers.update(zip(batch, done, strict=True))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """An answer's tokens as text, without special tokens and surrounding space."""
+    text = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text.strip()
+
+
+@torch.no_grad()
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    on_progress: Callable[[int], object],
+) -> list[Answer]:
+    """One batch, in rounds of :data:`ROUND` tokens that share a KV cache; finished rows leave it between rounds."""
+    stops = set(chat.stop_token_ids(tokenizer))
+    ids, mask = _left_padded(prompts, _pad_id(tokenizer), model.device)
+    cache: Any = None
+    rows = list(range(len(prompts)))  # whose prompt is in which row of `ids`
+    answers: list[list[int]] = [[] for _ in prompts]
+    finished = [False] * len(prompts)
+    left = max_new_tokens
+    generate: Any = model.generate  # typed as a tensor by torch's Module.__getattr__
+    while rows and left > 0:
+        length = ids.shape[1]
+        out: Any = generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=_greedy(tokenizer, min(ROUND, left)),
+        )
+        ids, cache = out.sequences, out.past_key_values
+        new = ids[:, length:]
+        mask = torch.cat([mask, torch.ones_like(new)], dim=1)
+        left -= new.shape[1]
+        for row, tokens in zip(rows, new.tolist(), strict=True):
+            end = next((i for i, token in enumerate(tokens) if token in stops), None)
+            answers[row] += tokens[:end]
+            finished[row] = end is not None
+        keep = [i for i, row in enumerate(rows) if not finished[row]]
+        if len(keep) < len(rows):
+            on_progress(len(rows) - len(keep))
+            kept = torch.tensor(keep, device=ids.device, dtype=torch.int64)
+            ids, mask = ids[kept], mask[kept]
+            cache.batch_select_indices(kept)
+            rows = [rows[i] for i in keep]
+    on_progress(len(rows))
+    return [Answer(tokens, end) for tokens, end in zip(answers, finished, strict=True)]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, both (B, P) int64, every prompt ending in the last column."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _greedy(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+    # `generate` fills what is left open from the model's own defaults, so what they could bend is stated here.
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_length=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=chat.stop_token_ids(tokenizer) or None,
+        pad_token_id=_pad_id(tokenizer),
+        use_cache=True,
+        return_dict_in_generate=True,
+    )
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    # The attention mask hides padding; the id only has to be in the vocabulary.
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(candidate, int):
+            return candidate
+    return 0
+
+
+# --- one at a time -----------------------------------------------------------------------------------------------
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    streamer: TextStreamer | None = None,
+) -> str:
+    """The model's next message in a conversation; ``temperature`` 0 is greedy. ``streamer`` gets it word by word."""
+    config = _greedy(tokenizer, max_new_tokens)
+    if temperature > 0:
+        config.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    prompt = torch.tensor([chat.encode_prompt(tokenizer, messages)], device=model.device)
+    generate: Any = model.generate  # typed as a tensor by torch's Module.__getattr__
+    out: Any = generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=streamer)
+    return decode(tokenizer, out.sequences[0, prompt.shape[1] :].tolist())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; ``arguments`` default to the process's own. Raises :class:`UserError` for bad input."""
+    options = _parse(arguments)
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
+    if not 0 <= options.temperature < float("inf"):
+        raise UserError(f"--temperature {options.temperature}: must be 0 (greedy) or a positive number")
+    torch.manual_seed(options.seed)
+    model, tokenizer = load(options.model, device=options.device)
+    assert isinstance(model, PreTrainedModel)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    system: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
+
+    def reply(messages: list[Message]) -> str:
+        return answer(model, tokenizer, messages, options.max_new_tokens, options.temperature, streamer)
+
+    if options.prompt is not None:
+        reply([*system, {"role": "user", "content": options.prompt}])
+        return
+    print("Ask something. /reset forgets the conversation; Ctrl-D ends it.")
+    messages = list(system)
+    while (question := _ask()) is not None:
+        if question == "/reset":
+            messages = list(system)
+        elif question:
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": reply(messages)})
+
+
+def _ask() -> str | None:
+    """A line from the user, or None at the end of input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return None
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m molora.generate", description="Talk to a model: one --prompt, or a conversation without it."
+    )
+    parser.add_argument("--model", required=True, help="stage's final/ folder, model folder or hub name")
+    parser.add_argument("--prompt", help="answer this and stop; without it, a conversation")
+    parser.add_argument("--system", help="system message")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default, always takes the likeliest token"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 # gives input() line editing and a history
+    cli.run(main)

@@ -1,0 +1,168 @@
+"""Losses against their definition, groups, exact match, and the command line."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from molora import chat, data, evaluate, generate, inject, save_adapter
+from molora.adapter import load
+from molora.errors import UserError
+from molora.evaluate import BenchResult, Score
+from molora.loss import causal_lm_loss
+
+ROWS = [
+    {"prompt": "what is one", "response": "a plain answer", "domain": "general", "language": "en"},
+    {"prompt": "six", "response": "it is a few", "domain": "general", "language": "ko"},
+    {"prompt": "sum of one two", "response": "three", "answer": "3", "domain": "maths", "task": "sum"},
+    {"prompt": "four is what", "response": "four", "answer": "4", "domain": "maths", "task": "echo"},
+    {"prompt": "five", "response": "five words it is", "answer": "5", "domain": "maths", "task": "echo"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config: LlamaConfig) -> LlamaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return LlamaForCausalLM(tiny_config).eval().requires_grad_(False)
+
+
+def defined_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, row: dict) -> tuple[float, int]:
+    """Sum and count over the answer's tokens, one row, one position at a time."""
+    encoded = chat.encode_row(tokenizer, row, 4096)
+    with torch.no_grad():
+        log_p = model(torch.tensor([encoded.input_ids])).logits[0].log_softmax(-1)
+    labelled = [(i, label) for i, label in enumerate(encoded.labels) if i and label != chat.IGNORE]
+    return -sum(float(log_p[i - 1, label]) for i, label in labelled), len(labelled)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_losses(model: LlamaForCausalLM, chat_tokenizer: PreTrainedTokenizerFast, batch_size: int) -> None:
+    result = evaluate.evaluate(model, chat_tokenizer, ROWS, batch_size=batch_size, max_new_tokens=3)
+    expected = [defined_loss(model, chat_tokenizer, row) for row in ROWS]
+    assert [row.tokens for row in result.rows] == [tokens for _, tokens in expected]
+    assert [row.loss for row in result.rows] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+    maths = expected[2:]
+    assert result.loss("maths") == pytest.approx(sum(loss for loss, _ in maths) / sum(n for _, n in maths), rel=1e-5)
+    entry = result.summary()["groups"]["general/en"]
+    assert entry["perplexity"] == pytest.approx(math.exp(expected[0][0] / expected[0][1]), rel=1e-5)
+
+
+def test_answer_losses_are_the_rows_of_the_training_loss(
+    model: LlamaForCausalLM, chat_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = data.Collate(chat_tokenizer)(data.encode_rows(chat_tokenizer, ROWS, 4096).rows)
+    total, tokens = causal_lm_loss(model, batch)
+    monkeypatch.setattr(evaluate, "CHUNK_ELEMENTS", 3 * model.config.vocab_size)
+    losses = evaluate.answer_losses(model, batch)
+    assert losses.shape == (len(ROWS),) and losses.dtype == torch.float32 and not losses.requires_grad
+    assert float(losses.sum()) == pytest.approx(float(total), rel=1e-5)
+    assert tokens > 3
+
+
+def test_loss_rows_takes_the_first_of_each_group(
+    model: LlamaForCausalLM, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    result = evaluate.evaluate(model, chat_tokenizer, ROWS, loss_rows=1, max_new_tokens=2)
+    assert [row.tokens > 0 for row in result.rows] == [True, True, True, True, False]
+    assert result.exact_match("maths/echo") == (0, 2)
+
+
+def test_exact_match_judges_what_the_model_wrote(
+    model: LlamaForCausalLM, chat_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"sum of one two": "1+2=3, so the answer is 3.", "four is what": "The answer is 5.", "five": "\\boxed{5}"}
+
+    def answer(model, tokenizer, prompts, *rest) -> list[generate.Answer]:
+        texts = [next(said[q] for q in said if f"user\n{q}<" in tokenizer.decode(ids)) for ids in prompts]
+        return [generate.Answer(tokenizer(text).input_ids, finished=True) for text in texts]
+
+    monkeypatch.setattr(evaluate, "generate_tokens", answer)
+    result = evaluate.evaluate(model, chat_tokenizer, ROWS)
+    assert [row.correct for row in result.rows] == [None, None, True, False, True]
+    assert result.rows[2].prediction == said["sum of one two"]
+    assert (result.exact_match("maths"), result.exact_match("maths/echo")) == ((2, 3), (1, 2))
+    assert result.exact_match("general") is None
+    assert result.summary()["groups"]["maths/echo"]["exact_match"] == 0.5
+
+
+def test_a_conversation_is_asked_without_its_last_answer() -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert evaluate._question({"messages": messages}) == messages[:3]
+    assert len(messages) == 4
+
+
+def test_groups() -> None:
+    def result(*rows: dict) -> BenchResult:
+        return BenchResult(tuple(Score(evaluate.groups_of(row)) for row in rows), None, None)
+
+    assert result(*ROWS).groups() == [
+        "all", "general", "general/en", "general/ko", "maths", "maths/sum", "maths/echo",
+    ]  # fmt: skip
+    assert result(*ROWS[2:]).groups() == ["maths", "maths/sum", "maths/echo"]
+    assert result(ROWS[3]).groups() == ["maths/echo"]
+    assert result({"prompt": "a", "response": "b"}).groups() == ["all"]
+
+
+def test_training_mode_is_given_back(model: LlamaForCausalLM, chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    model.train()
+    try:
+        evaluate.evaluate(model, chat_tokenizer, ROWS[:1])
+        assert model.training and model.lm_head.training
+    finally:
+        model.eval()
+
+
+def test_json_round_trip() -> None:
+    result = BenchResult((Score(("all", "maths"), 1.5, 3, "5", True), Score(("all",))), 12.0, None)
+    assert BenchResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_an_answer_that_cannot_be_read_stops_before_anything_runs(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    row = ROWS[2] | {"answer": "no idea", "where": "bench.jsonl:7"}
+    with pytest.raises(UserError, match=r"bench\.jsonl:7: the answer 'no idea'"):
+        evaluate.evaluate(None, chat_tokenizer, [row])  # type: ignore[arg-type]
+
+
+def test_nothing_to_measure(model: LlamaForCausalLM, chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="none of 1 rows"):
+        evaluate.evaluate(model, chat_tokenizer, ROWS[:1], max_length=4)
+
+
+def test_command_line(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = load(tiny_model_dir, device="cpu")
+    inject(model, {"num_experts": 2, "top_k": 1, "lora_r": 2})
+    adapter = save_adapter(model, tmp_path / "final")
+    bench, output = tmp_path / "bench.jsonl", tmp_path / "deep" / "result.json"
+    bench.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    options = ["--bench", str(bench), "--max-new-tokens", "4", "--limit", "4", "--device", "cpu"]
+
+    evaluate.main(["--model", "base", "--model", str(adapter), *options, "--output", str(output)])
+
+    written = json.loads(output.read_text(encoding="utf-8"))
+    base, adapted = written["results"]
+    assert (base["model"], adapted["model"]) == ("base", str(adapter))
+    assert len(base["rows"]) == 4
+    # The adapter starts as the base model.
+    assert adapted["groups"]["maths"]["loss"] == pytest.approx(base["groups"]["maths"]["loss"], rel=1e-3)
+    assert written["provenance"]["data"][str(bench)]
+    shown = capsys.readouterr().out
+    assert "maths/sum" in shown and "general/ko" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "base"], "the base of what"),
+        (["--model", "x", "--batch-size", "0"], "--batch-size 0"),
+        (["--model", "x", "--limit", "-1"], "--limit -1"),
+        (["--model", "./nowhere"], "nowhere"),
+    ],
+)
+def test_command_line_refuses(arguments: list[str], message: str, rows_file: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate.main([*arguments, "--bench", str(rows_file)])
