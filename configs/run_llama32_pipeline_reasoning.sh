@@ -3,10 +3,9 @@
 #
 #   MODEL=meta-llama/Llama-3.2-3B OUTPUT=outputs/reasoning configs/run_llama32_pipeline_reasoning.sh
 #
-# Every variable below can be set from outside. A stage that is finished is not trained again, and one that was
+# Run it in the repository's root. Every variable below can be set from outside. A stage that is finished is not trained again, and one that was
 # interrupted goes on from its newest checkpoint, so the script can simply be run again.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
 : "${PYTHON:=python3}"
 : "${MODEL:=meta-llama/Llama-3.2-3B}"
@@ -25,11 +24,9 @@ presets=configs/presets/reasoning
 stage1=$OUTPUT/stage1_general_sft
 stage2=$OUTPUT/stage2_reasoning_sft
 
-bench() { # bench MODEL_FOLDER
-    for file in "$GENERAL_BENCH" "$MATH_BENCH"; do
-        # shellcheck disable=SC2086 # the arguments are meant to be split
-        "$PYTHON" -m molora.evaluate --model "$1" --bench "$file" $BENCH_ARGS
-    done
+bench() { # bench MODEL_FOLDER RESULTS_FILE
+    # shellcheck disable=SC2086 # the arguments are meant to be split
+    "$PYTHON" -m molora.evaluate --model "$1" --bench "$GENERAL_BENCH" --bench "$MATH_BENCH" --output "$2" $BENCH_ARGS
 }
 
 # shellcheck disable=SC2086
@@ -42,7 +39,7 @@ bench() { # bench MODEL_FOLDER
     --set "training.max_train_steps=$STAGE1_STEPS" \
     --set training.batch_size=10 --set training.grad_accum_steps=2 \
     --output-dir "$stage1" --metrics-level "$METRICS_LEVEL" --resume $TRAIN_ARGS
-bench "$stage1/final"
+bench "$stage1/final" "$OUTPUT/bench_stage1.json"
 
 # shellcheck disable=SC2086
 "$PYTHON" -m molora.train \
@@ -54,4 +51,4 @@ bench "$stage1/final"
     --set "training.max_train_steps=$STAGE2_STEPS" \
     --set training.batch_size=8 --set training.grad_accum_steps=2 \
     --output-dir "$stage2" --metrics-level "$METRICS_LEVEL" --resume $TRAIN_ARGS
-bench "$stage2/final"
+bench "$stage2/final" "$OUTPUT/bench_stage2.json"

@@ -63,8 +63,8 @@ class Meter:
             for name, value in zip(names, values, strict=True):
                 if not math.isfinite(value):
                     raise UserError(
-                        f"{name} is {value} at step {at}: training stopped, and nothing was saved since; lower "
-                        "training.lr, check the rows around it, then --resume from the last checkpoint"
+                        f"{name} is {value} at step {at}: training stopped, no checkpoint holds what came of it; "
+                        "lower training.lr or mend the rows around that step, and train again"
                     )
         means: dict[str, float] = dict(zip(names, columns.double().mean(dim=0).tolist(), strict=True))
         means["lr"] = steps[-1].lr

@@ -26,8 +26,10 @@ def build(model: nn.Module, training: Training) -> tuple[torch.optim.AdamW, Lamb
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=training.lr, fused=parameters[0].is_cuda
     )
+    # transformers' plain "constant" takes warm-up steps and then makes none.
+    name = "constant_with_warmup" if training.lr_scheduler == "constant" else training.lr_scheduler
     schedule = get_scheduler(
-        training.lr_scheduler,
+        name,
         optimizer,
         num_warmup_steps=training.warmup_steps,
         num_training_steps=training.max_train_steps,

@@ -19,7 +19,7 @@ from molora.trainer import Trainer
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ``arguments`` default to the process's own. Raises :class:`UserError` for bad input."""
-    options = _parse(arguments)
+    options = parse(arguments)
     overrides = list(options.set)
     if options.metrics_level:
         overrides.append(f"logging.metrics_level={options.metrics_level}")
@@ -59,7 +59,8 @@ def check_inputs(config: Config, output: Path, *, resume: bool = False, overwrit
     return rows
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options of the command line; argparse explains wrong ones and exits with code 2."""
     parser = argparse.ArgumentParser(prog="python -m molora.train", description="Train one stage from a preset.")
     parser.add_argument("--preset", required=True, metavar="FILE", help="YAML file, see configs/presets/")
     parser.add_argument(

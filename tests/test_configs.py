@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from molora import config
+from molora import config, train
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "configs/presets").rglob("*.yml"))
@@ -55,5 +57,25 @@ def test_micro_batches_are_the_tutorials_work() -> None:
     assert two.max_train_steps * two.batch_size * two.grad_accum_steps == 24_000
 
 
-def test_the_pipeline_script_parses() -> None:
-    subprocess.run(["bash", "-n", str(ROOT / "configs/run_llama32_pipeline_reasoning.sh")], check=True)
+def test_the_pipeline_script_trains_and_benches_both_stages(tmp_path: Path) -> None:
+    """With a Python that only writes down how it was called; the training commands must be valid as they are."""
+    recorder = tmp_path / "python"
+    recorder.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$*" >> {tmp_path}/calls\n')
+    recorder.chmod(0o755)
+    variables = {"PYTHON": str(recorder), "OUTPUT": "out", "STAGE1_STEPS": "40", "TRAIN_ARGS": "--set seed=1"}
+    script = ROOT / "configs/run_llama32_pipeline_reasoning.sh"
+    subprocess.run([str(script)], cwd=ROOT, env=os.environ | variables, check=True)
+    calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [call[1] for call in calls] == ["molora.train", "molora.evaluate"] * 2
+    trained, benched = calls[::2], calls[1::2]
+    stages = []
+    for call in trained:
+        options = train.parse(call[2:])
+        stages.append(config.resolve(config.load(ROOT / options.preset, options.set)))
+    assert [stage.training.max_train_steps for stage in stages] == [20, 1500]
+    assert [stage.seed for stage in stages] == [1, 1]
+    assert stages[1].model_name == "out/stage1_general_sft/final"
+    assert [call[call.index("--model") + 1] for call in benched] == [
+        "out/stage1_general_sft/final",
+        "out/stage2_reasoning_sft/final",
+    ]

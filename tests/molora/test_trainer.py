@@ -115,6 +115,17 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
+def test_a_run_killed_before_its_last_folder_only_writes_that(make_config: MakeConfig, tmp_path: Path) -> None:
+    settings, whole, killed = make_config(), tmp_path / "whole", tmp_path / "killed"
+    run(settings, whole)
+    shutil.copytree(whole, killed)
+    (killed / "final").rename(killed / ".final.tmp")
+    (killed / "checkpoint-best").rename(killed / ".checkpoint-best.old")
+    run(settings, killed, resume=True)
+    assert_same_run(whole, killed)
+    assert list(killed.glob(".*")) == []
+
+
 def test_a_damaged_checkpoint_is_passed_over(
     make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
