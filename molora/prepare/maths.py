@@ -3,7 +3,7 @@
 The steps suit a small model. Every line is one operation whose operands stand right before its result, and carries
 the running total, so that nothing has to be remembered from afar. There are no spaces around signs: SmolLM2's
 tokenizer splits numbers into digits and gives the space before a number a token of its own, so spaces would make
-the answers a fifth longer and no easier.
+the responses a seventh longer.
 """
 
 from __future__ import annotations
@@ -34,13 +34,17 @@ def chain_sum_steps(metadata: dict[str, Any]) -> tuple[list[str], int]:
 
 
 def leg_counting_steps(metadata: dict[str, Any]) -> tuple[list[str], int]:
-    """One animal a line: its legs, then the running total; the lines and the total."""
+    """One animal a line: its legs, then the running total; the lines and the total.
+
+    An animal is written as in the question, plural and all, so that a line begins with a plain copy; its number of
+    legs, which the model has to know by heart, follows at once.
+    """
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
     total, lines = 0, []
     for animal, count in metadata["animals"].items():
         legs = count * ANIMALS[animal]
-        line = f"{count} {animal}: {count}*{ANIMALS[animal]}={legs}"
+        line = f"{count} {animal}{'s' if count > 1 else ''}*{ANIMALS[animal]}={legs}"
         if lines:
             line += f", {total}+{legs}={total + legs}"
         total += legs

@@ -21,7 +21,7 @@ from molora.errors import UserError
 from molora.prepare import files, general, maths, smollm2
 from molora.prepare.rows import Row, write_jsonl
 
-GENERATOR = 1
+GENERATOR = 2
 """Raised with every change of this code that changes what it writes, so that folders made before are made again."""
 
 MANIFEST = "manifest.json"
@@ -103,7 +103,7 @@ def _build_data(out: Path, name: str, build: Callable[[int], tuple[list[Row], li
 def _why_build(out: Path, name: str, recipe: dict[str, Any], entry: dict[str, Any] | None) -> str | None:
     """Why a part must be built, or None if what is there is right."""
     if entry is None:
-        there = sorted(path.name for path in out.glob(f"{name}*"))
+        there = sorted(path.name for path in out.glob("*") if path.name.split(".")[0] == name)
         if there:
             raise UserError(
                 f"{out}: holds {there[0]}, but its {MANIFEST} does not say where from, so nothing is overwritten; "

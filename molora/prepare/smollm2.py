@@ -44,7 +44,6 @@ def export(target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
-    model.config.name_or_path = "SmolLM2-135M-Instruct"  # the GGUF's own name is that of a training run
     tokenizer.model_max_length = model.config.max_position_embeddings  # the GGUF route leaves it at 10^30
     model.generation_config = GenerationConfig(
         do_sample=False,

@@ -135,7 +135,7 @@ def test_every_written_step_is_true_and_the_chain_is_unbroken(
         *lines, last = row["response"].split("\n")
         total = None
         for line in lines:
-            equations = re.findall(r"(-?\d+)([-+*])(\d+)=(-?\d+)", line)
+            equations = re.findall(r"(-?\d+)([-+*])(\d+)=(-?\d+)", re.sub(r"(\d+) [a-z ]+", r"\1", line))
             assert equations, line
             for left, sign, right, result in equations:
                 worked = {"+": int(left) + int(right), "-": int(left) - int(right), "*": int(left) * int(right)}[sign]
@@ -144,6 +144,20 @@ def test_every_written_step_is_true_and_the_chain_is_unbroken(
                 assert equations[-1][0] == total, row["response"]
             total = equations[-1][3]
         assert last == f"The answer is {total}." and total == row["answer"]
+
+
+def test_worked_example() -> None:
+    item = {
+        "question": "…1 cow, 8 sea slugs, 13 spiders?\n",
+        "answer": "108",
+        "metadata": {"animals": {"cow": 1, "sea slug": 8, "spider": 13}},
+    }
+    assert maths.row_of("leg_counting", item)["response"].split("\n") == [
+        "1 cow*4=4",
+        "8 sea slugs*0=0, 4+0=4",
+        "13 spiders*8=104, 4+104=108",
+        "The answer is 108.",
+    ]
 
 
 @pytest.mark.parametrize("task", maths.TASKS)
