@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from molora import checkpoint, cli
 from molora.adapter import is_adapter, pick_device, read_manifest
 from molora.config import Config, load, resolve, to_yaml
@@ -35,7 +37,13 @@ def main(arguments: list[str] | None = None) -> None:
     if options.validate_only:
         print(f"{options.preset}: valid, {len(rows)} rows, {config.training.max_train_steps} optimizer steps")
         return
-    Trainer(config, output, rows, resume=options.resume).train()
+    try:
+        Trainer(config, output, rows, resume=options.resume).train()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is full ({error}); set model.gradient_checkpointing=non_reentrant, lower "
+            "training.batch_size and raise training.grad_accum_steps, or lower data.max_length; then --overwrite"
+        ) from error
 
 
 def check_inputs(config: Config, output: Path, *, resume: bool = False, overwrite: bool = False) -> list[Row]:

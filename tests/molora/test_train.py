@@ -223,6 +223,17 @@ def test_bad_input_gets_one_line_and_changes_nothing(
     assert snapshot(workplace) == before
 
 
+def test_a_full_gpu_names_the_settings_that_help(
+    workplace: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(_: Trainer) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "train", fill)
+    assert run(*stage1(tiny_model_dir)) == 2
+    assert "model.gradient_checkpointing=non_reentrant" in capsys.readouterr().err
+
+
 def damage(how: str) -> None:
     adapter = Path("outputs/reasoning/stage1_general_sft/final/adapter.safetensors")
     content = adapter.read_bytes()
