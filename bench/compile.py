@@ -1,0 +1,205 @@
+"""Compile every kernel with every tile it can run with, for GPUs that need not be there.
+
+Fails on a register spill, on more shared memory than the GPU has, and on a matrix product that found no tensor core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench.provenance import provenance
+from bench.registry import KERNEL_MODULES
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A case, named so that another process finds it again: triton's kernels do not travel between processes."""
+
+    arch: int
+    module: str
+    index: int
+    kernel: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the assembler made of a case."""
+
+    arch: int
+    kernel: str
+    label: str
+    tiles: str
+    registers: int
+    spilled: int
+    """Bytes of stack and local memory a thread."""
+    shared: int
+    shared_limit: int
+    instruction: str
+    """The tensor-core instruction found, or empty."""
+    fault: str
+    """Why the case fails, or empty."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, like 80 90")
+    parser.add_argument("--kernel", help="only kernels whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="one case per kernel and dtype, for sm_80, 90 and 120")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: up to 2)")
+    parser.add_argument("--json", type=Path, help="write every row, with commit and versions, to this file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    # The interpreter's kernels cannot be compiled, and workers inherit this environment.
+    os.environ["TRITON_INTERPRET"] = "0"
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    architectures = (80, 90, 120) if arguments.quick else arguments.arch
+    tasks = [t for t in _tasks(architectures, arguments.quick) if not arguments.kernel or arguments.kernel in t.kernel]
+    if not tasks:
+        raise SystemExit(f"no kernel's name contains {arguments.kernel!r}")
+    rows = sorted(_compile_all(tasks, arguments.jobs), key=lambda row: (row.kernel, row.arch, row.label))
+
+    console = Console()
+    console.print(_table(rows))
+    faults = [row for row in rows if row.fault]
+    for row in faults:
+        console.print(f"[red]sm_{row.arch} {row.kernel} {row.label} {row.tiles}: {row.fault}", highlight=False)
+    console.print(f"{len(rows)} compiled, {len(faults)} at fault")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        report = {**provenance(), "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 1 if faults else 0
+
+
+def _tasks(architectures: Iterable[int], quick: bool) -> Iterator[Task]:
+    for arch in architectures:
+        for module in KERNEL_MODULES:
+            seen = set()
+            for index, case in enumerate(_cases(module, arch)):
+                kind = (case.kernel.__name__, str(sorted(case.pointers.items(), key=str)))
+                if quick and kind in seen:
+                    continue
+                seen.add(kind)
+                yield Task(arch, module, index, case.kernel.__name__, case.label)
+
+
+def _cases(module: str, arch: int) -> list[Any]:
+    from molora_kernels._triton.cases import distinct
+
+    return distinct(importlib.import_module(module).compile_cases((arch // 10, arch % 10)))
+
+
+def _compile_all(tasks: list[Task], jobs: int) -> Iterator[Compiled]:
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(compile_task, task) for task in tasks]
+        for future in track(as_completed(futures), total=len(futures), description="compiling"):
+            yield future.result()
+
+
+def compile_task(task: Task) -> Compiled:
+    """Compile one case as a launch would, and read what the assembler says about it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from molora_kernels._triton.tiles import shared_memory_kib
+
+    case = _cases(task.module, task.arch)[task.index]
+    signature, constants, attributes = specialise(case)
+    limit = shared_memory_kib((task.arch // 10, task.arch % 10)) * 1024
+    tiles = ", ".join(f"{name}={value}" for name, value in asdict(case.tiles).items() if value)
+    compiled: Any = triton.compile(
+        ASTSource(case.kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", task.arch, 32),
+        options={"num_warps": case.tiles.num_warps, "num_stages": case.tiles.num_stages},
+    )
+    registers, spilled = _resources(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    found = re.search(r"(tcgen05\.mma|wgmma\.mma_async|mma\.sync)", compiled.asm["ptx"])
+    faults = []
+    if spilled:
+        faults.append(f"{spilled} bytes a thread spilled")
+    if shared > limit:
+        faults.append(f"{shared} bytes of shared memory, {limit} there")
+    if case.tensor_cores and not found:
+        faults.append("no tensor-core instruction")
+    return Compiled(
+        task.arch, task.kernel, task.label, tiles, registers, spilled, shared, limit,
+        found[1] if found else "", "; ".join(faults),
+    )  # fmt: skip
+
+
+def specialise(case: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[Any]]]:
+    """Signature, constants and attributes as triton's launcher derives them from the arguments of a call."""
+    import torch
+
+    types = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.bool: "i1"}
+    types |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.int16: "i16"}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[Any]] = {}
+    for position, name in enumerate(case.kernel.arg_names):
+        if name in case.pointers:
+            signature[name] = "*" + types[case.pointers[name]]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif name in case.scalars and case.scalars[name] != 1:
+            signature[name] = "i32" if abs(case.scalars[name]) < 1 << 31 else "i64"
+            if case.scalars[name] % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "constexpr"
+            constants[name] = case.scalars[name] if name in case.scalars else case.constants[name]
+    return signature, constants, attributes
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    import triton.backends.nvidia
+
+    tool = Path(next(iter(triton.backends.nvidia.__path__))) / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
+    return used["REG"], used["STACK"] + used["LOCAL"]
+
+
+def _table(rows: list[Compiled]) -> Table:
+    table = Table(title="kernels as compiled: the worst of each kernel's cases")
+    for column in ("kernel", "arch", "cases", "registers", "spilled", "shared KiB", "of", "instruction", "at fault"):
+        table.add_column(column, justify="left" if column in ("kernel", "instruction") else "right", no_wrap=True)
+    for kernel, arch in sorted({(row.kernel, row.arch) for row in rows}):
+        group = [row for row in rows if (row.kernel, row.arch) == (kernel, arch)]
+        table.add_row(
+            kernel,
+            f"sm_{arch}",
+            str(len(group)),
+            str(max(row.registers for row in group)),
+            str(max(row.spilled for row in group)),
+            f"{max(row.shared for row in group) / 1024:.0f}",
+            f"{group[0].shared_limit / 1024:.0f}",
+            " ".join(sorted({row.instruction for row in group} - {""})),
+            str(sum(bool(row.fault) for row in group)),
+        )
+    return table

@@ -1,0 +1,14 @@
+"""What is measured and compiled.
+
+To put a kernel into the compile matrix: give its ``forward.py`` or ``backward.py`` the generator
+
+    def compile_cases(capability: Capability) -> Iterator[Case]
+
+described in ``molora_kernels/_triton/cases.py`` (take the tiles from the selector that the launcher calls), and add
+the module here.
+"""
+
+KERNEL_MODULES = (
+    "molora_kernels.router.forward",
+    "molora_kernels.router.backward",
+)
