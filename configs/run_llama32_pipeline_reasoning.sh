@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The two-stage reasoning pipeline: general instructions, both benches, chain of thought, both benches.
+# The two-stage reasoning pipeline: general instructions, both benches (the base model's too), then chain of thought,
+# both benches again.
 #
 #   MODEL=meta-llama/Llama-3.2-3B OUTPUT=outputs/reasoning configs/run_llama32_pipeline_reasoning.sh
 #
-# Run it in the repository's root. Every variable below can be set from outside. A stage that is finished is not trained again, and one that was
-# interrupted goes on from its newest checkpoint, so the script can simply be run again.
+# Run it in the repository's root. Every variable below can be set from outside. A stage that is finished is not
+# trained again, and one that was interrupted goes on from its newest checkpoint: the script can simply be run again.
 set -euo pipefail
 
 : "${PYTHON:=python3}"
@@ -24,9 +25,9 @@ presets=configs/presets/reasoning
 stage1=$OUTPUT/stage1_general_sft
 stage2=$OUTPUT/stage2_reasoning_sft
 
-bench() { # bench MODEL_FOLDER RESULTS_FILE
+bench() { # bench RESULTS_FILE --model NAME...
     # shellcheck disable=SC2086 # the arguments are meant to be split
-    "$PYTHON" -m molora.evaluate --model "$1" --bench "$GENERAL_BENCH" --bench "$MATH_BENCH" --output "$2" $BENCH_ARGS
+    "$PYTHON" -m molora.evaluate "${@:2}" --bench "$GENERAL_BENCH" --bench "$MATH_BENCH" --output "$1" $BENCH_ARGS
 }
 
 # shellcheck disable=SC2086
@@ -39,7 +40,7 @@ bench() { # bench MODEL_FOLDER RESULTS_FILE
     --set "training.max_train_steps=$STAGE1_STEPS" \
     --set training.batch_size=10 --set training.grad_accum_steps=2 \
     --output-dir "$stage1" --metrics-level "$METRICS_LEVEL" --resume $TRAIN_ARGS
-bench "$stage1/final" "$OUTPUT/bench_stage1.json"
+bench "$OUTPUT/bench_stage1.json" --model base --model "$stage1/final"
 
 # shellcheck disable=SC2086
 "$PYTHON" -m molora.train \
@@ -51,4 +52,4 @@ bench "$stage1/final" "$OUTPUT/bench_stage1.json"
     --set "training.max_train_steps=$STAGE2_STEPS" \
     --set training.batch_size=8 --set training.grad_accum_steps=2 \
     --output-dir "$stage2" --metrics-level "$METRICS_LEVEL" --resume $TRAIN_ARGS
-bench "$stage2/final" "$OUTPUT/bench_stage2.json"
+bench "$OUTPUT/bench_stage2.json" --model "$stage2/final"

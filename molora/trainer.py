@@ -246,7 +246,9 @@ def checkpoint_activations(model: PreTrainedModel, kind: str) -> None:
     """Recompute decoder layers in backward: ``non_reentrant``, ``reentrant``, or ``none``."""
     if kind == "none":
         return
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})
+    # transformers 5 renamed the method along the way; the older name warns where the newer exists.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": kind == "reentrant"})
     if kind == "reentrant":
         # The reentrant kind builds a graph only if an input of the layer needs a gradient, and the embedding is frozen.
         model.enable_input_require_grads()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,8 @@ def test_the_pipeline_script_trains_and_benches_both_stages(tmp_path: Path) -> N
     assert [stage.training.max_train_steps for stage in stages] == [20, 1500]
     assert [stage.seed for stage in stages] == [1, 1]
     assert stages[1].model_name == "out/stage1_general_sft/final"
-    assert [call[call.index("--model") + 1] for call in benched] == [
-        "out/stage1_general_sft/final",
-        "out/stage2_reasoning_sft/final",
-    ]
+    for call, models in zip(
+        benched, (["base", "out/stage1_general_sft/final"], ["out/stage2_reasoning_sft/final"]), strict=True
+    ):
+        assert [value for flag, value in pairwise(call) if flag == "--model"] == models
+        assert len([flag for flag in call if flag == "--bench"]) == 2
