@@ -3,7 +3,8 @@
     python -m molora.evaluate --model base --model outputs/quickstart/stage2/final \\
         --bench data/quickstart/general.bench.jsonl --bench data/quickstart/maths.bench.jsonl
 
-Shape letters: B rows, T tokens per row (padded), N positions with a loss, H hidden size, V vocabulary.
+Shape letters: B rows, T tokens per row (padded), N positions with a loss, H hidden size, V vocabulary, R routers,
+E experts.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from molora import chat, cli, provenance
+from molora import chat, cli, provenance, routing
 from molora.adapter import is_adapter, load, read_manifest
 from molora.answers import check_gold, is_correct, wilson_interval
 from molora.config import Config
@@ -196,6 +197,29 @@ def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
             losses.append(F.cross_entropy(head(part).float(), target, reduction="none"))
         rows = batch.predictors // batch.input_ids.shape[1]
         return torch.zeros(len(batch.domains), device=hidden.device).index_add_(0, rows, torch.cat(losses))
+
+
+@torch.no_grad()
+def routing_counts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int = 32
+) -> Tensor:
+    """(R, E) fp32 on the CPU: how many tokens of the rows' answers chose each expert, for each router of the model.
+
+    Prompts are left out: the chat template's words, the same in every row, would hide how domains differ. Raises
+    ValueError for a model without routers.
+    """
+    examples = [_example(encoded) for encoded in _encode(tokenizer, rows, max_length=4096)]
+    examples.sort(key=lambda example: len(example.input_ids), reverse=True)
+    collate, total = Collate(tokenizer), None
+    for start in range(0, len(examples), batch_size):
+        batch = collate(examples[start : start + batch_size]).to(model.device)
+        record = routing.record(model, batch.labels != chat.IGNORE)
+        with routing.using(model, record):
+            model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        total = record.counts if total is None else total + record.counts
+    if total is None:
+        raise ValueError("no rows, so no routing")
+    return total.cpu()
 
 
 def _measure_loss(

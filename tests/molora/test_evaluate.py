@@ -128,6 +128,16 @@ def test_an_answer_that_cannot_be_read_stops_before_anything_runs(chat_tokenizer
         evaluate.evaluate(None, chat_tokenizer, [row])  # type: ignore[arg-type]
 
 
+def test_routing_counts_answer_tokens(tiny_model_dir: Path) -> None:
+    model, tokenizer = load(tiny_model_dir, device="cpu", precision="fp32")
+    inject(model, {"num_experts": 4, "top_k": 2, "lora_r": 2})
+    counts = evaluate.routing_counts(model, tokenizer, ROWS, batch_size=2)
+    tokens = sum(label != chat.IGNORE for row in ROWS for label in chat.encode_row(tokenizer, row, 4096).labels)
+    assert counts.shape == (6, 4)
+    assert counts.sum(dim=1).tolist() == [2 * tokens] * 6
+    assert torch.equal(counts, evaluate.routing_counts(model, tokenizer, ROWS, batch_size=5))
+
+
 def test_nothing_to_measure(model: LlamaForCausalLM, chat_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="none of 1 rows"):
         evaluate.evaluate(model, chat_tokenizer, ROWS[:1], max_length=4)

@@ -1,0 +1,207 @@
+"""What a run's numbers say: one table, one verdict in words, one picture of the routing.
+
+Pure functions from results to text and pictures; what measures and trains is elsewhere.
+
+Shape letters: R routers, E experts, L layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from molora.answers import wilson_interval
+from molora.errors import UserError
+from molora.evaluate import BenchResult, loss_cell, match_cell, speed_cell
+from molora.prepare.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Results = Mapping[str, Mapping[str, BenchResult]]
+"""model -> bench -> result, every model on the same benches."""
+
+
+# --- table -------------------------------------------------------------------------------------------------------
+
+
+def table(results: Results, title: str) -> Table:
+    """A column per model, a row per measure; exact match with its 95 % interval."""
+    made = Table(title=title, title_justify="left")
+    made.add_column("", no_wrap=True)
+    for model in results:
+        made.add_column(escape(model), justify="right")
+    first = next(iter(results.values()))
+    for bench, result in first.items():
+        columns = [benches[bench] for benches in results.values()]
+        for i, group in enumerate(result.groups()):
+            name = f"{bench} loss" if i == 0 else f"  {group}"
+            made.add_row(escape(name), *(loss_cell(column.loss(group)) for column in columns))
+        asked = [group for group in result.groups() if result.exact_match(group)]
+        for i, group in enumerate(asked):
+            name = f"{bench} exact match" if i == 0 else f"  {group}"
+            made.add_row(escape(name), *(match_cell(column.exact_match(group)) for column in columns))
+        made.add_row("  read, tokens/s", *(speed_cell(column.loss_tokens_per_second) for column in columns))
+        if asked:
+            made.add_row("  written, tokens/s", *(speed_cell(column.generated_tokens_per_second) for column in columns))
+        made.add_section()
+    return made
+
+
+# --- verdict -----------------------------------------------------------------------------------------------------
+
+ACQUIRED, KEPT, SLIGHTLY = 0.02, 0.02, 0.05
+"""Relative changes of the general loss: *acquired* if it fell by at least the first in stage 1; *kept* if it rose by at
+most the second in stage 2, *slightly declined* up to the third, *declined* beyond."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which of the recipe's expected patterns two stages show."""
+
+    general_after_stage1: str
+    """``acquired`` or ``not acquired``"""
+    maths_after_stage2: str
+    """``acquired``: the 95 % intervals of base and stage 2 lie apart; else ``not acquired``"""
+    general_after_stage2: str
+    """``kept``, ``slightly declined`` or ``declined``"""
+    sentence: str
+
+
+def verdict(
+    general_loss: tuple[float, float, float], maths_match: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+) -> Verdict:
+    """Judge base, stage 1 and stage 2 by general loss per token and by (correct, asked) maths problems."""
+    base, stage1, stage2 = general_loss
+    fell, rose = 1 - stage1 / base, stage2 / stage1 - 1
+    general1 = "acquired" if fell >= ACQUIRED else "not acquired"
+    general2 = "kept" if rose <= KEPT else "slightly declined" if rose <= SLIGHTLY else "declined"
+    before, after = maths_match[0], maths_match[2]
+    learnt = wilson_interval(*after)[0] > wilson_interval(*before)[1]
+    maths = "acquired" if learnt else "not acquired"
+    sentence = (
+        f"Stage 1: general ability {general1} (loss {-fell:+.1%} against base; acquired from {-ACQUIRED:.0%}). "
+        f"Stage 2: maths {maths} (exact match {before[0] / before[1]:.0%} to {after[0] / after[1]:.0%}; acquired if "
+        f"the 95 % intervals lie apart), general ability {general2} (loss {rose:+.1%} against stage 1; kept up to "
+        f"{KEPT:+.0%}, slightly declined up to {SLIGHTLY:+.0%})."
+    )
+    if learnt and general2 == "declined":
+        sentence += " That is overfitting to maths: train stage 2 for fewer steps or with a lower lr."
+    return Verdict(general1, maths, general2, sentence)
+
+
+# --- routing -----------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's palette: told apart with every common kind of colour blindness, and by lightness in print.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+
+
+def shares(counts: Tensor) -> Tensor:
+    """Counts (R, E) of tokens per expert as shares that sum to 1 for each router; equal shares where it saw none."""
+    total = counts.sum(dim=1, keepdim=True)
+    return torch.where(total > 0, counts / total.clamp(min=1), 1 / counts.shape[1])
+
+
+def draw_routing(names: Sequence[str], counts: Mapping[str, Tensor], path: Path, title: str) -> None:
+    """Draw each expert's share of the tokens, layer by layer, one domain beside the other, to a PNG file.
+
+    A row of panels for each kind of projection with a router; a column for each domain and, for two domains, one
+    for their difference.
+
+    Args:
+        names: R router names, such as ``model.layers.0.mlp.gate_proj``.
+        counts: for each domain (R, E): how many tokens chose each expert.
+        path: replaced only when the picture is whole.
+
+    Raises:
+        UserError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise UserError("drawing needs the package matplotlib: pip install matplotlib") from None
+    kinds = _by_kind(names)
+    share = {domain: shares(table) for domain, table in counts.items()}
+    difference = list(share.values()) if len(share) == 2 else []
+    columns = len(share) + bool(difference)
+    figure = Figure(figsize=(4.6 * columns, 1.3 + 2.1 * len(kinds)), layout="constrained")
+    axes = figure.subplots(len(kinds), columns, squeeze=False)
+    reach = max((100 * float((difference[1] - difference[0]).abs().max()), 1.0)) if difference else 0.0
+    image = None
+    for i, (kind, rows) in enumerate(kinds.items()):
+        layers = list(rows)
+        for ax, (domain, table) in zip(axes[i], share.items(), strict=False):
+            _stack(ax, layers, table[list(rows.values())])
+            ax.set_title(f"{domain} · {kind}", fontsize=10)
+        axes[i, 0].set_ylabel("share of tokens")
+        if difference:
+            ax = axes[i, -1]
+            change = 100 * (difference[1] - difference[0])[list(rows.values())]
+            edges = (layers[0] - 0.5, layers[-1] + 0.5, change.shape[1] - 0.5, -0.5)
+            image = ax.imshow(
+                change.T.numpy(),
+                cmap="PuOr",
+                vmin=-reach,
+                vmax=reach,
+                aspect="auto",
+                extent=edges,
+                interpolation="none",
+            )
+            ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.set_ylabel("expert")
+            earlier, later = share
+            ax.set_title(f"{later} minus {earlier} · {kind}", fontsize=10)
+    for ax in axes.flat:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for ax in axes[-1]:
+        ax.set_xlabel("layer")
+    if image is not None:
+        figure.colorbar(image, ax=axes[:, -1].tolist(), label="percentage points", shrink=0.8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=min(len(labels), 8), frameon=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    with replacing(path) as new:
+        figure.savefig(new, format="png", dpi=120)
+
+
+def _by_kind(names: Sequence[str]) -> dict[str, dict[int, int]]:
+    """kind of projection -> layer -> row in the counts; a name without a layer number is a kind of its own."""
+    kinds: dict[str, dict[int, int]] = {}
+    for row, name in enumerate(names):
+        match = re.search(r"\.(\d+)\.(.+)$", name)
+        layer, kind = (int(match[1]), match[2].removeprefix("mlp.")) if match else (0, name)
+        kinds.setdefault(kind, {})[layer] = row
+    return {kind: dict(sorted(rows.items())) for kind, rows in kinds.items()}
+
+
+def _stack(ax: Axes, layers: Sequence[int], share: Tensor) -> None:
+    """Stacked bars of shares (L, E), with a line where each expert's share would end if all were equal."""
+    experts = share.shape[1]
+    below = torch.zeros(len(layers), dtype=share.dtype)
+    for expert in range(experts):
+        ax.bar(
+            layers,
+            share[:, expert].tolist(),
+            bottom=below.tolist(),
+            width=1.0,
+            color=_COLOURS[expert % len(_COLOURS)],
+            edgecolor="white",
+            linewidth=0.5,
+            label=f"expert {expert}",
+        )
+        below += share[:, expert]
+        if expert:
+            ax.axhline(expert / experts, color="black", linewidth=0.8, linestyle=":")
+    ax.set_ylim(0, 1)
+    ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    ax.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
