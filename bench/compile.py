@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise SystemExit(f"no kernel's name contains {arguments.kernel!r}")
     rows = sorted(_compile_all(tasks, arguments.jobs), key=lambda row: (row.kernel, row.arch, row.label))
 
-    console = Console()
+    console = Console(soft_wrap=True)
     console.print(_table(rows))
     faults = [row for row in rows if row.fault]
     for row in faults:
@@ -186,8 +186,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _table(rows: list[Compiled]) -> Table:
-    table = Table(title="kernels as compiled: the worst of each kernel's cases")
-    for column in ("kernel", "arch", "cases", "registers", "spilled", "shared KiB", "of", "instruction", "at fault"):
+    table = Table(title="the worst of each kernel's cases")
+    for column in ("kernel", "arch", "cases", "regs", "spilled", "shared", "instruction", "faults"):
         table.add_column(column, justify="left" if column in ("kernel", "instruction") else "right", no_wrap=True)
     for kernel, arch in sorted({(row.kernel, row.arch) for row in rows}):
         group = [row for row in rows if (row.kernel, row.arch) == (kernel, arch)]
@@ -197,9 +197,8 @@ def _table(rows: list[Compiled]) -> Table:
             str(len(group)),
             str(max(row.registers for row in group)),
             str(max(row.spilled for row in group)),
-            f"{max(row.shared for row in group) / 1024:.0f}",
-            f"{group[0].shared_limit / 1024:.0f}",
-            " ".join(sorted({row.instruction for row in group} - {""})),
+            f"{max(row.shared for row in group) / 1024:.0f}/{group[0].shared_limit / 1024:.0f} KiB",
+            " ".join(sorted({row.instruction.split(".")[0] for row in group} - {""})),
             str(sum(bool(row.fault) for row in group)),
         )
     return table

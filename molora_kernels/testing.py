@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def assert_within_budget(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "result", roundings: int = 2) -> None:
+def assert_within_budget(
+    actual: Tensor, eager: Tensor, exact: Tensor, what: str = "result", roundings: int = 2
+) -> None:
     """Largest error against fp64 at most twice that of eager PyTorch in the same dtype, plus a floor.
 
     On a case of few elements eager may be exact by luck; no kernel can be asked for less than the exact value rounded
@@ -32,7 +34,8 @@ def assert_within_budget(actual: Tensor, eager: Tensor, exact: Tensor, what: str
     floor = roundings / 2 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
     if not error <= allowed + floor:  # a NaN fails
         raise AssertionError(
-            f"{what}: error {error:.3g} against fp64, budget {allowed:.3g} (twice eager's) + {floor:.3g} ({roundings} roundings)"
+            f"{what}: error {error:.3g} against fp64, budget {allowed:.3g} (twice eager's) + {floor:.3g} "
+            f"({roundings} roundings)"
         )
 
 

@@ -22,10 +22,14 @@ def dot(b_a, b_b, b_acc):
 @triton.jit
 def dot_fp32_by_fp32(b_a, b_b, b_acc, OUT: tl.constexpr):
     """``acc + a @ b`` of fp32 operands, as accurate as a result that is rounded to ``OUT`` can show: full fp32 for
-    fp32, three tf32 products (about 21 bits) on tensor cores for 16-bit results."""
+    fp32; for 16-bit results 16 bits of each operand, as two bf16 terms and three tensor-core products."""
     if INTERPRETED or OUT.primitive_bitwidth == 32:
         return tl.dot(b_a, b_b, b_acc, input_precision="ieee")
-    return tl.dot(b_a, b_b, b_acc, input_precision="tf32x3")
+    b_a_high, b_b_high = b_a.to(tl.bfloat16), b_b.to(tl.bfloat16)
+    b_a_low, b_b_low = (b_a - b_a_high.to(tl.float32)).to(tl.bfloat16), (b_b - b_b_high.to(tl.float32)).to(tl.bfloat16)
+    b_acc = tl.dot(b_a_low, b_b_high, b_acc)
+    b_acc = tl.dot(b_a_high, b_b_low, b_acc)
+    return tl.dot(b_a_high, b_b_high, b_acc)
 
 
 @triton.jit

@@ -126,7 +126,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (T, K) in x's dtype, dweight (H, E, K) and dbias (H, E) fp32; as ``portable.backward``."""
     heads, experts, features = weight.shape
-    check_supported(x, experts, top_k)
+    check_supported(x, heads, experts, top_k)
     dlogits = dlogits_of(dgates, dsums, logits, gates, mask, top_k)
     dx, dweight, dbias = through_logits(dlogits.view(-1, heads * experts), x, weight.reshape(heads * experts, features))
     return dx, dweight.view(weight.shape), dbias.view(heads, experts)
@@ -192,9 +192,9 @@ def backward_tiles(columns: int, dtype: torch.dtype, capability: Capability) -> 
     c_pad = max(next_power_of_2(columns), 16)
     if dtype == torch.float32:
         return Tiles(block_t=16, block_k=32 if c_pad <= 64 else 16, num_warps=4, num_stages=2)
-    if c_pad <= 32:
-        return Tiles(block_t=32, block_k=64 if capability is None else 128, num_warps=4, num_stages=2)
-    return Tiles(block_t=32, block_k=64 if c_pad <= 64 else 32, num_warps=4, num_stages=2)
+    if c_pad > 128:
+        return Tiles(block_t=16, block_k=32, num_warps=8, num_stages=2)
+    return Tiles(block_t=32, block_k={16: 128, 32: 64}.get(c_pad, 32), num_warps=4, num_stages=2)
 
 
 def dlogits_tiles(experts: int) -> Tiles:
@@ -206,7 +206,7 @@ def compile_cases(capability: Capability) -> Iterator[Case]:
     fp32_pointers = dict.fromkeys(("p_dgates", "p_dsums", "p_logits", "p_gates", "p_dlogits"), torch.float32)
     for heads, experts in ROUTERS:
         rows = dlogits_tiles(experts)
-        for top_k in (1, 2):
+        for top_k in (1, 2) if experts == 4 else (2,):
             yield Case(
                 kernel=router_bwd_dlogits_kernel,
                 label=f"H={heads} E={experts} k={top_k}",
