@@ -43,20 +43,33 @@ def dot_by_fp32(b_a, b_b, b_acc):
     if INTERPRETED or b_a.dtype == tl.float32:
         return tl.dot(b_a.to(tl.float32), b_b, b_acc, input_precision="ieee")
     if b_a.dtype == tl.bfloat16:
-        b_high = b_b.to(tl.bfloat16)
-        b_rest = b_b - b_high.to(tl.float32)
-        b_middle = b_rest.to(tl.bfloat16)
-        b_low = (b_rest - b_middle.to(tl.float32)).to(tl.bfloat16)
+        b_high, b_middle, b_low = bf16_terms(b_b)
         b_acc = tl.dot(b_a, b_low, b_acc)
         b_acc = tl.dot(b_a, b_middle, b_acc)
         return tl.dot(b_a, b_high, b_acc)
     b_wide = b_a.to(tl.float32)
-    b_high = _upper_11_bits(b_b)
-    b_rest = b_b - b_high
-    b_middle = _upper_11_bits(b_rest)
-    b_acc = tl.dot(b_wide, b_rest - b_middle, b_acc, input_precision="tf32")
+    b_high, b_middle, b_low = tf32_terms(b_b)
+    b_acc = tl.dot(b_wide, b_low, b_acc, input_precision="tf32")
     b_acc = tl.dot(b_wide, b_middle, b_acc, input_precision="tf32")
     return tl.dot(b_wide, b_high, b_acc, input_precision="tf32")
+
+
+@triton.jit
+def bf16_terms(b_x):
+    """fp32 as the exact sum of three bf16 numbers, largest first."""
+    b_high = b_x.to(tl.bfloat16)
+    b_rest = b_x - b_high.to(tl.float32)
+    b_middle = b_rest.to(tl.bfloat16)
+    return b_high, b_middle, (b_rest - b_middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def tf32_terms(b_x):
+    """fp32 as the exact sum of three fp32 numbers with tf32's 11 bits at most, largest first."""
+    b_high = _upper_11_bits(b_x)
+    b_rest = b_x - b_high
+    b_middle = _upper_11_bits(b_rest)
+    return b_high, b_middle, b_rest - b_middle
 
 
 @triton.jit

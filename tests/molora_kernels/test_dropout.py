@@ -1,4 +1,4 @@
-"""Dropout masks: the bits of their definition, and their statistics. (In kernels: ``_triton/test_dropout_kernel.py``.)"""
+"""Dropout masks: the bits of their definition, and their statistics. In kernels: ``_triton/test_dropout_kernel.py``."""
 
 from __future__ import annotations
 
