@@ -123,13 +123,20 @@ def backward(
     gates: Tensor,
     mask: Tensor | None,
     top_k: int,
+    need_dx: bool = True,
+    need_drouter: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (T, K) in x's dtype, dweight (H, E, K) and dbias (H, E) fp32; as ``portable.backward``."""
+    """dx (T, K) in x's dtype, dweight (H, E, K) and dbias (H, E) fp32; what is not needed is empty."""
     heads, experts, features = weight.shape
     check_supported(x, heads, experts, top_k)
     dlogits = dlogits_of(dgates, dsums, logits, gates, mask, top_k)
-    dx, dweight, dbias = through_logits(dlogits.view(-1, heads * experts), x, weight.reshape(heads * experts, features))
-    return dx, dweight.view(weight.shape), dbias.view(heads, experts)
+    columns = heads * experts
+    dx, dweight, dbias = through_logits(
+        dlogits.view(-1, columns), x, weight.reshape(columns, features), need_dx, need_drouter
+    )
+    if need_drouter:
+        dweight, dbias = dweight.view(weight.shape), dbias.view(heads, experts)
+    return dx, dweight, dbias
 
 
 def dlogits_of(
@@ -155,25 +162,31 @@ def dlogits_of(
     return dlogits
 
 
-def through_logits(dlogits: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (T, K), dweight (C, K) and dbias (C,) from dlogits (T, C) and weight (C, K)."""
+def through_logits(
+    dlogits: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_drouter: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (T, K), dweight (C, K) and dbias (C,) from dlogits (T, C) and weight (C, K); what is not needed is empty."""
     (tokens, features), columns = x.shape, weight.shape[0]
     tiles = backward_tiles(columns, x.dtype, capability_of(x.device))
     k_tiles = triton.cdiv(features, tiles.block_k)
     t_split = tokens_per_split(tokens, k_tiles, tiles.block_t)
     splits = triton.cdiv(tokens, t_split)
 
-    dx = torch.empty(tokens, features, dtype=x.dtype, device=x.device)
-    dweight = torch.empty(splits, columns, features, dtype=torch.float32, device=x.device)
-    dbias = torch.empty(splits, columns, dtype=torch.float32, device=x.device)
+    dx = torch.empty((tokens, features) if need_dx else 0, dtype=x.dtype, device=x.device)
+    parts = splits if need_drouter else 0
+    dweight = torch.empty(parts, columns, features, dtype=torch.float32, device=x.device)
+    dbias = torch.empty(parts, columns, dtype=torch.float32, device=x.device)
     if splits and k_tiles:
         with launching_on(x.device):
             router_bwd_kernel[(k_tiles, splits)](
-                dlogits, x, fp32(weight), dx, dweight, dbias,
+                dlogits, x, fp32(weight), dx if need_dx else None,
+                dweight if need_drouter else None, dbias if need_drouter else None,
                 tokens, features, t_split, x.stride(0), x.stride(1),
                 C=columns, C_PAD=max(next_power_of_2(columns), 16), BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k,
                 num_warps=tiles.num_warps, num_stages=tiles.num_stages,
             )  # fmt: skip
+    if not need_drouter:
+        return dx, dlogits.new_empty(0), dlogits.new_empty(0)
     return dx, dweight.sum(0), dbias.sum(0)
 
 
@@ -224,21 +237,25 @@ def compile_cases(capability: Capability) -> Iterator[Case]:
         columns = heads * experts
         for dtype in DTYPES:
             tiles = backward_tiles(columns, dtype, capability)
-            yield Case(
-                kernel=router_bwd_kernel,
-                label=f"{short(dtype)} C={columns}",
-                pointers={
-                    "p_x": dtype,
-                    "p_dx": dtype,
-                    **dict.fromkeys(("p_dlogits", "p_weight", "p_dweight", "p_dbias"), torch.float32),
-                },
-                scalars={"T": 8192, "K": 3072, "T_SPLIT": 512, "stride_xt": 3072, "stride_xk": 1},
-                constants={
-                    "C": columns,
-                    "C_PAD": max(next_power_of_2(columns), 16),
-                    "BLOCK_T": tiles.block_t,
-                    "BLOCK_K": tiles.block_k,
-                },
-                tiles=tiles,
-                tensor_cores=dtype != torch.float32,
-            )
+            pointers = {
+                "p_x": dtype,
+                "p_dx": dtype,
+                **dict.fromkeys(("p_dlogits", "p_weight", "p_dweight", "p_dbias"), torch.float32),
+            }
+            wanted = {"": (), "dx alone": ("p_dweight", "p_dbias"), "without dx": ("p_dx",)}
+            for what, absent in wanted.items() if experts == 4 else [("", ())]:
+                yield Case(
+                    kernel=router_bwd_kernel,
+                    label=f"{short(dtype)} C={columns} {what}".strip(),
+                    pointers={name: type_ for name, type_ in pointers.items() if name not in absent},
+                    scalars={"T": 8192, "K": 3072, "T_SPLIT": 512, "stride_xt": 3072, "stride_xk": 1},
+                    constants={
+                        **dict.fromkeys(absent),
+                        "C": columns,
+                        "C_PAD": max(next_power_of_2(columns), 16),
+                        "BLOCK_T": tiles.block_t,
+                        "BLOCK_K": tiles.block_k,
+                    },
+                    tiles=tiles,
+                    tensor_cores=dtype != torch.float32,
+                )

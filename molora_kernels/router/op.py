@@ -49,13 +49,16 @@ def router_bwd(
     gates: Tensor,
     mask: Tensor | None,
     top_k: int,
+    need_dx: bool,
+    need_drouter: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias)"""
+    """(dx, dweight, dbias); what is not needed is empty"""
+    args = (dgates, dsums, x, weight, logits, gates, mask, top_k, need_dx, need_drouter)
     if backend_for(x.device) == "triton":
         from molora_kernels.router import backward
 
-        return backward.backward(dgates, dsums, x, weight, logits, gates, mask, top_k)
-    return portable.backward(dgates, dsums, x, weight, logits, gates, mask, top_k)
+        return backward.backward(*args)
+    return portable.backward(*args)
 
 
 @router_bwd.register_fake
@@ -68,12 +71,13 @@ def _(
     gates: Tensor,
     mask: Tensor | None,
     top_k: int,
+    need_dx: bool,
+    need_drouter: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    heads, experts, features = weight.shape
     return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        logits.new_empty(heads, experts, features),
-        logits.new_empty(heads, experts),
+        x.new_empty(x.shape if need_dx else 0),
+        logits.new_empty(weight.shape if need_drouter else 0),
+        logits.new_empty(weight.shape[:2] if need_drouter else 0),
     )
 
 
@@ -88,8 +92,16 @@ def _backward(ctx: Any, dgates: Tensor | None, _dlogits: None, dsums: Tensor | N
     x, weight, bias, mask, logits, gates = ctx.saved_tensors
     if dgates is None and dsums is None:
         return (None,) * 6
-    dx, dweight, dbias = router_bwd(dgates, dsums, x, weight, logits, gates, mask, ctx.top_k)
-    return dx, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), None, None, None
+    need_dx, need_drouter = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+    dx, dweight, dbias = router_bwd(dgates, dsums, x, weight, logits, gates, mask, ctx.top_k, need_dx, need_drouter)
+    return (
+        dx if need_dx else None,
+        dweight.to(weight.dtype) if need_drouter else None,
+        dbias.to(bias.dtype) if need_drouter and bias is not None else None,
+        None,
+        None,
+        None,
+    )
 
 
 router_fwd.register_autograd(_backward, setup_context=_setup_context)

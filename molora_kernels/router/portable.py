@@ -64,15 +64,21 @@ def backward(
     gates_THE: Tensor,
     mask_T: Tensor | None,
     top_k: int,
+    need_dx: bool = True,
+    need_drouter: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (T, K) in x's dtype, dweight (H, E, K) and dbias (H, E) in the router's dtype."""
+    """dx (T, K) in x's dtype, dweight (H, E, K) and dbias (H, E) in the router's; what is not needed is empty."""
     heads, experts, features = weight_HEK.shape
     dlogits = dlogits_of(dgates_THE, dsums_HS, logits_THE, gates_THE, mask_T, top_k)
     flat = dlogits.view(-1, heads * experts)
-    weight = weight_HEK.reshape(heads * experts, features).to(flat.dtype)
-    dx = torch.mm(flat, weight).to(x_TK.dtype)
-    dweight = torch.mm(flat.T, x_TK.to(flat.dtype)).view(heads, experts, features)
-    return dx, dweight, dlogits.sum(0)
+    dx, dweight, dbias = x_TK.new_empty(0), flat.new_empty(0), flat.new_empty(0)
+    if need_dx:
+        weight = weight_HEK.reshape(heads * experts, features).to(flat.dtype)
+        dx = torch.mm(flat, weight).to(x_TK.dtype)
+    if need_drouter:
+        dweight = torch.mm(flat.T, x_TK.to(flat.dtype)).view(heads, experts, features)
+        dbias = dlogits.sum(0)
+    return dx, dweight, dbias
 
 
 def dlogits_of(

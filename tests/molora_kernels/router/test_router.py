@@ -156,9 +156,17 @@ def test_operators_keep_their_contracts() -> None:
     x, weight, bias = (t.clone().requires_grad_() for t in (inputs.x, inputs.weight, inputs.bias) if t is not None)
     torch.library.opcheck(op.router_fwd, (x, weight, bias, None, inputs.mask, 2))
     gates, logits, _, _ = portable.forward(inputs.x, inputs.weight, inputs.bias, None, inputs.mask, 2)
-    torch.library.opcheck(
-        op.router_bwd, (inputs.dgates, inputs.dsums, inputs.x, inputs.weight, logits, gates, inputs.mask, 2)
-    )
+    upstream = (inputs.dgates, inputs.dsums, inputs.x, inputs.weight, logits, gates, inputs.mask, 2)
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(op.router_bwd, (*upstream, *needs))
+
+
+@pytest.mark.parametrize("trained", [(True, False), (False, True)])
+def test_only_what_is_trained_gets_a_gradient(trained: tuple[bool, bool]) -> None:
+    inputs = router_inputs(7, 8, 2, 4)
+    leaves = [t.clone().requires_grad_(flag) for t, flag in zip((inputs.x, inputs.weight), trained, strict=True)]
+    torch.autograd.backward(router(*leaves, top_k=2).gates, inputs.dgates)
+    assert tuple(leaf.grad is not None for leaf in leaves) == trained
 
 
 def test_compiles_without_a_graph_break() -> None:

@@ -96,6 +96,18 @@ def test_either_upstream_gradient_alone(dgates: bool, dsums: bool, device: torch
         torch.testing.assert_close(actual, other, rtol=0, atol=1e-7)
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_only_what_is_needed(device: torch.device) -> None:
+    inputs = router_inputs(40, 24, 2, 4, dtype=torch.bfloat16, device=device)
+    gates, logits, _, _ = forward.forward(inputs.x, inputs.weight, None, None, None, 2)
+    arguments = (inputs.dgates, inputs.dsums, inputs.x, inputs.weight, logits, gates, None, 2)
+    dx, dweight, dbias = backward.backward(*arguments)
+    alone, *empty = backward.backward(*arguments, True, False)
+    assert torch.equal(alone, dx) and not any(t.numel() for t in empty)
+    empty, *alone = backward.backward(*arguments, False, True)
+    assert torch.equal(alone[0], dweight) and torch.equal(alone[1], dbias) and not empty.numel()
+
+
 def layouts(x: Tensor) -> dict[str, Tensor]:
     wide = torch.full((x.shape[0], 2 * x.shape[1] + 3), float("nan"), dtype=x.dtype, device=x.device)
     wide[:, 1 : 2 * x.shape[1] : 2] = x
@@ -169,7 +181,8 @@ def test_operators_keep_their_contracts(device: torch.device) -> None:
         torch.library.opcheck(op.router_fwd, arguments, test_utils=checks)
         gates, logits, _, _ = forward.forward(*arguments)
         upstream = (inputs.dgates, inputs.dsums, inputs.x, inputs.weight, logits, gates, inputs.mask, 2)
-        torch.library.opcheck(op.router_bwd, upstream, test_utils=checks)
+        for needs in ((True, True), (True, False), (False, True)):
+            torch.library.opcheck(op.router_bwd, (*upstream, *needs), test_utils=checks)
 
 
 @pytest.mark.parametrize("unsupported", ["dtype", "experts", "top_k", "columns"])
