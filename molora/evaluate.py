@@ -35,7 +35,7 @@ from molora.config import Config
 from molora.config import Data as DataConfig
 from molora.data import Batch, Collate, Example, Row, read_rows
 from molora.errors import UserError
-from molora.generate import Answer, decode, generate_tokens
+from molora.generate import Answer, decode, generate_tokens, prefix_cache
 from molora.loss import CHUNK_ELEMENTS
 from molora.prepare.files import write_text
 
@@ -186,16 +186,24 @@ def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     assert head is not None
     losses = []
     with torch.no_grad():
+        # What all rows begin with is read once, unless something in it predicts a label.
+        length = batch.input_ids.shape[1]
+        rows, columns = batch.predictors // length, batch.predictors % length
+        alike = (batch.input_ids == batch.input_ids[0]).all(dim=0).cumprod(dim=0).sum()
+        shared = int(torch.minimum(alike, columns.min()))
+        cache = prefix_cache(model, batch.input_ids[0, :shared], len(batch.domains)) if shared else None
         hidden: Tensor = model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            input_ids=batch.input_ids[:, shared:],
+            attention_mask=batch.attention_mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
         ).last_hidden_state
-        predicting = hidden.flatten(0, 1).index_select(0, batch.predictors)
+        predicting = hidden[rows, columns - shared]
         targets = batch.labels.flatten().index_select(0, batch.predictors + 1)
         # A chunk at a time, because the logits (N, V) of a large vocabulary would be the largest tensor by far.
         chunk = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
         for part, target in zip(predicting.split(chunk), targets.split(chunk), strict=True):
             losses.append(F.cross_entropy(head(part).float(), target, reduction="none"))
-        rows = batch.predictors // batch.input_ids.shape[1]
         return torch.zeros(len(batch.domains), device=hidden.device).index_add_(0, rows, torch.cat(losses))
 
 
@@ -320,7 +328,6 @@ def main(arguments: list[str] | None = None) -> None:
     results: list[tuple[str, str, BenchResult]] = []
     for name, folder in models.items():
         model, tokenizer = load(folder, device=options.device)
-        assert isinstance(model, PreTrainedModel)
         for path, rows in benches.items():
             result = evaluate(
                 model,

@@ -3,7 +3,7 @@
     python -m molora.generate --model outputs/quickstart/stage2/final --prompt "What is 12 + 30 - 7?"
     python -m molora.generate --model outputs/quickstart/stage2/final
 
-Shape letters: B rows, P prompt tokens (padded at the left), T tokens so far.
+Shape letters: B rows, P tokens of a prompt or of its beginning.
 """
 
 from __future__ import annotations
@@ -105,8 +105,9 @@ def _generate(
 ) -> list[Answer]:
     """One batch, in rounds of :data:`ROUND` tokens that share a KV cache; finished rows leave it between rounds."""
     stops = set(chat.stop_token_ids(tokenizer))
-    ids, mask = _left_padded(prompts, _pad_id(tokenizer), model.device)
-    cache: Any = None
+    shared = _shared(prompts)
+    ids, mask = _padded(prompts, shared, _pad_id(tokenizer), model.device)
+    cache = prefix_cache(model, ids[0, :shared], len(prompts)) if shared and len(prompts) > 1 else None
     rows = list(range(len(prompts)))  # whose prompt is in which row of `ids`
     answers: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
@@ -139,11 +140,30 @@ def _generate(
     return [Answer(tokens, end) for tokens, end in zip(answers, finished, strict=True)]
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both (B, P) int64, every prompt ending in the last column."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+def prefix_cache(model: PreTrainedModel, prefix: Tensor, rows: int) -> Any:
+    """The KV cache of ``prefix`` (P,), the beginning of every one of ``rows`` rows, computed once and repeated.
+
+    A chat template's system message, a task's instructions: in a bench they are much of every prompt.
+    """
+    with torch.no_grad():
+        cache = model.base_model(input_ids=prefix[None], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; each is left at least one of its own, which is what gets answered."""
+    most = min(map(len, prompts)) - 1
+    columns = zip(*(prompt[:most] for prompt in prompts), strict=True)
+    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), most)
+
+
+def _padded(prompts: Sequence[Sequence[int]], shared: int, pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, both (B, P) int64: the ``shared`` first tokens, padding, and the rest up to the end."""
+    gaps = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+    rows = [(list(prompt[:shared]), gap, list(prompt[shared:])) for prompt, gap in zip(prompts, gaps, strict=True)]
+    ids = [first + [pad] * gap + rest for first, gap, rest in rows]
+    mask = [[1] * len(first) + [0] * gap + [1] * len(rest) for first, gap, rest in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
@@ -201,7 +221,6 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--temperature {options.temperature}: must be 0 (greedy) or a positive number")
     torch.manual_seed(options.seed)
     model, tokenizer = load(options.model, device=options.device)
-    assert isinstance(model, PreTrainedModel)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     system: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
 

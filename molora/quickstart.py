@@ -40,10 +40,13 @@ from molora.prepare.files import write_text
 PRESETS = Path(__file__).parent.parent / "configs" / "presets" / "quickstart"
 STAGES = {"stage1": ("stage1_general.yml", "general"), "stage2": ("stage2_maths.yml", "maths")}
 """stage -> its preset and the data that it trains on."""
-BENCHES = ("general", "maths")
 
-SETTINGS = {"max_new_tokens": 256, "batch_size": 48, "loss_rows": 120}
-"""Of every evaluation, see :func:`molora.evaluate.evaluate`."""
+SETTINGS: dict[str, dict[str, int]] = {
+    "general": {"batch_size": 48},
+    "maths": {"batch_size": 48, "loss_rows": 60, "max_new_tokens": 128},
+}
+"""bench -> how it is measured, see :func:`molora.evaluate.evaluate`. No worked answer of the bench needs more than 108
+tokens; the base model would go on for as long as it may."""
 ROUTING_ROWS = 60
 """Rows of each bench that the routing is shown for."""
 MEASUREMENT = 1
@@ -110,14 +113,16 @@ class Quickstart:
         """The model in ``folder`` on every bench."""
         loaded = Loaded(folder)
         found = {}
-        for bench in BENCHES:
+        for bench in SETTINGS:
             path = self.data / f"{bench}.bench.jsonl"
 
             def measure(bench: str = bench, path: Path = path) -> dict[str, Any]:
                 rows = read_rows(path)
-                return evaluate(loaded.model, loaded.tokenizer, rows, **SETTINGS, title=f"{name}, {bench}").to_json()
+                return evaluate(
+                    loaded.model, loaded.tokenizer, rows, **SETTINGS[bench], title=f"{name}, {bench}"
+                ).to_json()
 
-            key = {"model": fingerprint(folder), "bench": file_sha256(path)} | SETTINGS
+            key = {"model": fingerprint(folder), "bench": file_sha256(path)} | SETTINGS[bench]
             found[bench] = BenchResult.from_json(self._measured(f"{name}: evaluate on {bench}", key, measure))
         return found
 
@@ -126,14 +131,14 @@ class Quickstart:
 
         def measure() -> dict[str, Any]:
             loaded = Loaded(folder)
-            rows = {bench: read_rows(self.data / f"{bench}.bench.jsonl") for bench in BENCHES}
+            rows = {bench: read_rows(self.data / f"{bench}.bench.jsonl") for bench in SETTINGS}
             counts = {
                 bench: routing_counts(loaded.model, loaded.tokenizer, _spread(rows[bench], ROUTING_ROWS)).tolist()
-                for bench in BENCHES
+                for bench in SETTINGS
             }
             return {"names": routing.names(loaded.model), "counts": counts}
 
-        benches = {bench: file_sha256(self.data / f"{bench}.bench.jsonl") for bench in BENCHES}
+        benches = {bench: file_sha256(self.data / f"{bench}.bench.jsonl") for bench in SETTINGS}
         key = {"model": fingerprint(folder), "rows": ROUTING_ROWS} | benches
         value = self._measured("stage2: routing", key, measure)
         return value["names"], {bench: torch.tensor(counts) for bench, counts in value["counts"].items()}
@@ -201,7 +206,7 @@ class Quickstart:
         self.console.print(f"{title}: {_clock(self.seconds[title])}", highlight=False)
 
     def _benches(self) -> list[Path]:
-        return [self.data / f"{bench}.bench.jsonl" for bench in BENCHES]
+        return [self.data / f"{bench}.bench.jsonl" for bench in SETTINGS]
 
     def _inputs(self) -> list[Path]:
         train = [self.data / f"{domain}.train.jsonl" for _, domain in STAGES.values()]
@@ -217,7 +222,6 @@ class Loaded:
     @cached_property
     def _pair(self) -> tuple[PreTrainedModel, Any]:
         model, tokenizer = load(self.folder)
-        assert isinstance(model, PreTrainedModel)
         return model, tokenizer
 
     @property

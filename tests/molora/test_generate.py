@@ -76,6 +76,15 @@ def test_the_models_own_defaults_do_not_bend_it(
     assert generate.generate_tokens(model, chat_tokenizer, given, 12, 8) == before
 
 
+def test_what_all_prompts_begin_with() -> None:
+    assert generate._shared([[1, 2, 3, 4], [1, 2, 5]]) == 2
+    assert generate._shared([[1, 2], [1, 2, 5]]) == 1  # the first keeps a token to be answered
+    assert generate._shared([[1], [1]]) == 0
+    ids, mask = generate._padded([[1, 2, 3, 4], [1, 2, 5]], 2, 0, torch.device("cpu"))
+    assert ids.tolist() == [[1, 2, 3, 4], [1, 2, 0, 5]]
+    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 1]]
+
+
 def test_progress_counts_every_row_once(model: LlamaForCausalLM, chat_tokenizer: PreTrainedTokenizerFast) -> None:
     told: list[int] = []
     generate.generate_tokens(model, chat_tokenizer, prompts(chat_tokenizer), 4, 2, told.append)

@@ -33,7 +33,8 @@ def presets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (presets / preset).write_text(PRESET)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quickstart, "PRESETS", presets)
-        patch.setattr(quickstart, "SETTINGS", {"max_new_tokens": 3, "batch_size": 4, "loss_rows": 3})
+        settings = {"batch_size": 4, "loss_rows": 3, "max_new_tokens": 3}
+        patch.setattr(quickstart, "SETTINGS", {"general": settings, "maths": settings})
         patch.setattr(quickstart, "ROUTING_ROWS", 3)
         yield presets
 
