@@ -14,7 +14,7 @@ venv: .venv/.done
 
 quickstart: .venv/.done  ## both stages on a real model, on the CPU, with a report at the end
 	$(BIN)/python -m molora.prepare quickstart
-	$(BIN)/python -m molora.report quickstart
+	$(BIN)/python -m molora.quickstart
 
 test: .venv/.done  ## the whole suite, on the CPU
 	$(BIN)/python -m pytest -n auto -m "not gpu and not slow"

@@ -18,7 +18,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from molora.config import Config, Injection, Model, MoE, check
 from molora.errors import UserError
@@ -34,7 +34,7 @@ _SHAPE_KEYS = (
 )  # fmt: skip
 
 
-def build(config: Config) -> tuple[nn.Module, Any]:
+def build(config: Config) -> tuple[PreTrainedModel, Any]:
     """The model that training starts from: base, adapters, and the weights of the stage before if there was one.
 
     ``config.model_name`` names a base model (folder or hub name) or an adapter folder. Returns (model, tokenizer).
@@ -59,7 +59,7 @@ def build(config: Config) -> tuple[nn.Module, Any]:
     return model, _tokenizer(folder) or tokenizer
 
 
-def load(name: str | Path, device: str = "auto", precision: str = "auto") -> tuple[nn.Module, Any]:
+def load(name: str | Path, device: str = "auto", precision: str = "auto") -> tuple[PreTrainedModel, Any]:
     """A base model, or the model of an adapter folder, in evaluation mode. Returns (model, tokenizer).
 
     Args:
@@ -102,7 +102,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_base(name: str, config: Model, device: torch.device) -> tuple[nn.Module, Any]:
+def load_base(name: str, config: Model, device: torch.device) -> tuple[PreTrainedModel, Any]:
     """A transformers causal LM in the configured precision, and its tokenizer.
 
     Raises:

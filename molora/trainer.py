@@ -43,9 +43,7 @@ class Trainer:
 
         seed_everything(config.seed)
         molora_kernels.use_backend(config.kernels.backend)
-        model, self.tokenizer = adapter.build(config)
-        assert isinstance(model, PreTrainedModel)
-        self.model = model
+        self.model, self.tokenizer = adapter.build(config)
         checkpoint_activations(self.model, config.model.gradient_checkpointing)
         # Saved with the adapter, so that every program that loads it speaks the format that was trained.
         self.tokenizer.chat_template = chat.template(self.tokenizer) or self.tokenizer.chat_template
