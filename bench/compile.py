@@ -161,6 +161,8 @@ def specialise(case: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[in
         if name in case.pointers:
             signature[name] = "*" + types[case.pointers[name]]
             attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(case.scalars.get(name), float):
+            signature[name] = "fp32"
         elif name in case.scalars and case.scalars[name] != 1:
             signature[name] = "i32" if abs(case.scalars[name]) < 1 << 31 else "i64"
             if case.scalars[name] % 16 == 0:

@@ -11,4 +11,9 @@ the module here.
 KERNEL_MODULES = (
     "molora_kernels.router.forward",
     "molora_kernels.router.backward",
+    "molora_kernels.grouped_lora.forward",
+    "molora_kernels.grouped_lora.gating",
+    "molora_kernels.grouped_lora.backward",
+    "molora_kernels.mlp_block.forward",
+    "molora_kernels.mlp_block.backward",
 )

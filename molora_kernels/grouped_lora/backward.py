@@ -8,15 +8,20 @@ r rank of one expert, R = E * r, P = G * R columns of the shrink, H gate sets (G
 # (Triton types a launch as a plain call of the kernel: it knows neither num_warps nor that constexpr takes an int.)
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from molora_kernels import dropout
+from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.dot import dot, dot_by_fp32, dot_fp32_by_fp32
 from molora_kernels._triton.dropout import kept, row_keys
-from molora_kernels._triton.tiles import capability_of, launching_on
+from molora_kernels._triton.tiles import Capability, capability_of, launching_on
 from molora_kernels.grouped_lora import gating, portable, tiles
 from molora_kernels.grouped_lora.forward import rows_contiguous
 
@@ -50,6 +55,7 @@ def weight_bwd_kernel(
     dlogits (T, Q)^T @ x, each split over its own run of rows, in one pass over x.
 
     Programs of the same columns of x are neighbours: they share x in the L2. With a router there is one block of P.
+    Features are the rows of the product, whose fewest a wgmma takes is 64: P can be less.
     """
     i_p, i_k, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -57,7 +63,7 @@ def weight_bwd_kernel(
     o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
     m_p, m_q, m_k = o_p < P, o_q < Q, o_k < K
 
-    b_w = tl.zeros([BLOCK_P, BLOCK_K], dtype=tl.float32)
+    b_w = tl.zeros([BLOCK_K, BLOCK_P], dtype=tl.float32)
     b_router = tl.zeros([BLOCK_K, BLOCK_Q], dtype=tl.float32)
     blocks = tl.cdiv(tl.cdiv(T, BLOCK_T), SPLITS)
     for i_t in range(i_s * blocks, (i_s + 1) * blocks):
@@ -70,18 +76,18 @@ def weight_bwd_kernel(
             b_dlogits = tl.load(p_rows, mask=m_t[:, None] & m_q[None, :], other=0.0)
             b_router = dot_by_fp32(tl.trans(b_x), b_dlogits, b_router)
         if p_left is not None:
-            p_rows = p_left + o_row[None, :] * stride_lt + o_p[:, None]
-            b_left = tl.load(p_rows, mask=m_p[:, None] & m_t[None, :], other=0.0)
+            p_rows = p_left + o_row[:, None] * stride_lt + o_p[None, :]
+            b_left = tl.load(p_rows, mask=m_t[:, None] & m_p[None, :], other=0.0)
             if p_seed is not None:
                 b_x = tl.where(kept(row_keys(p_seed, o_t, stream), i_k * BLOCK_K, threshold, BLOCK_K), b_x, 0.0)
-            b_w = dot(b_left, b_x, b_w)
+            b_w = dot(tl.trans(b_x), b_left, b_w)
 
     o_split = i_s.to(tl.int64)
     if p_left is not None:
         if p_seed is not None:
             b_w *= keep_scale
-        o_out = o_split * P * K + o_p.to(tl.int64)[:, None] * stride_op + o_k.to(tl.int64)[None, :] * stride_ok
-        tl.store(p_partials + o_out, b_w, mask=m_p[:, None] & m_k[None, :])
+        o_out = o_split * P * K + o_p.to(tl.int64)[None, :] * stride_op + o_k.to(tl.int64)[:, None] * stride_ok
+        tl.store(p_partials + o_out, b_w, mask=m_k[:, None] & m_p[None, :])
     if p_dlogits is not None:
         o_out = (o_split * Q + o_q)[None, :] * K + o_k[:, None]
         tl.store(p_router_partials + o_out, b_router, mask=m_k[:, None] & m_q[None, :])
@@ -126,13 +132,14 @@ def input_bwd_kernel(
         m_kept = kept(row_keys(p_seed, o_t, stream), i_k * BLOCK_K, threshold, BLOCK_K)
         b_dx = tl.where(m_kept, b_dx * keep_scale, 0.0)
     if p_dlogits is not None:
-        o_q = tl.arange(0, BLOCK_Q)
-        m_q = o_q < Q
-        b_dlogits = tl.load(p_dlogits + o_row[:, None] * Q + o_q[None, :], mask=m_t[:, None] & m_q[None, :], other=0.0)
-        b_w = tl.load(
-            p_router + o_q.to(tl.int64)[:, None] * K + o_k[None, :], mask=m_q[:, None] & m_k[None, :], other=0.0
-        )
-        b_dx = dot_fp32_by_fp32(b_dlogits, b_w, b_dx, p_dx.dtype.element_ty)
+        for i_q in range(tl.cdiv(Q, BLOCK_Q)):
+            o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            m_q = o_q < Q
+            p_rows = p_dlogits + o_row[:, None] * Q + o_q[None, :]
+            b_dlogits = tl.load(p_rows, mask=m_t[:, None] & m_q[None, :], other=0.0)
+            p_rows = p_router + o_q.to(tl.int64)[:, None] * K + o_k[None, :]
+            b_router = tl.load(p_rows, mask=m_q[:, None] & m_k[None, :], other=0.0)
+            b_dx = dot_fp32_by_fp32(b_dlogits, b_router, b_dx, p_dx.dtype.element_ty)
     tl.store(p_dx + o_row[:, None] * K + o_k[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_t[:, None] & m_k[None, :])
 
 
@@ -258,7 +265,65 @@ def input_grad(
         input_bwd_kernel[(triton.cdiv(K, tile.block_k) * triton.cdiv(T, tile.block_t),)](
             ds_TP, a_PK, dlogits_TQ, router_QK, dropout_seed if dropout_p else None, dx, T, P, Q, K,
             stream, dropout.threshold(dropout_p), dropout.survivor_scale(dropout_p),
-            BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_Q=tiles.padded_logits(Q), BLOCK_K=tile.block_k,
+            BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_Q=tiles.MIN_DOT, BLOCK_K=tile.block_k,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return dx
+
+
+def compile_cases(capability: Capability) -> Iterator[Case]:
+    for (P, H, E), dtype, has_dropout in itertools.product(tiles.COMPILED, DTYPES, (True, False)):
+        label = f"{short(dtype)} P={P} Q={H * E}{' dropout' if has_dropout else ''}"
+        pointers: dict[str, torch.dtype] = {"p_seed": torch.int64} if has_dropout else {}
+        absent: dict[str, Any] = {} if has_dropout else {"p_seed": None}
+        scalars = dict(T=8192, P=P, Q=H * E, K=3072, stream=0, threshold=5243, keep_scale=1.087)
+        dlogits: dict[str, torch.dtype] = {"p_dlogits": torch.float32} if H else {}
+
+        yield from _weight_cases(P, H * E, dtype, capability, label, pointers, absent, scalars)
+        tile = tiles.input_tiles(P, dtype, capability)
+        yield Case(
+            kernel=input_bwd_kernel,
+            label=label,
+            pointers=pointers | dlogits | {"p_ds": dtype, "p_a": dtype, "p_dx": dtype}
+            | ({"p_router": torch.float32} if H else {}),
+            scalars=scalars,
+            constants=absent | ({} if H else {"p_dlogits": None, "p_router": None})
+            | dict(BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_K=tile.block_k)
+            | dict(BLOCK_Q=tiles.MIN_DOT),
+            tiles=tile,
+            tensor_cores=dtype != torch.float32,
+        )  # fmt: skip
+
+
+def _weight_cases(
+    P: int,
+    Q: int,
+    dtype: torch.dtype,
+    capability: Capability,
+    label: str,
+    pointers: dict[str, torch.dtype],
+    absent: dict[str, Any],
+    scalars: dict[str, Any],
+) -> Iterator[Case]:
+    """dA with the router's weights riding along where they do, else one after the other; dB, which is (N, R); and the
+    router's alone, as in its warm-up."""
+    q_padded = tiles.padded_logits(Q)
+    together = bool(Q) and tiles.rides_along(P, q_padded, dtype)
+    variants = [("dA and dW_r", P, Q, False)] if together else [("dA", P, 0, False)]
+    variants += [("dB", P, 0, True)] if "p_seed" in absent else []
+    variants += [("dW_r", 0, Q, False)] if Q else []
+    for what, p, q, transposed in variants:
+        tile = tiles.weight_tiles(p, tiles.padded_logits(q) if q else 0, dtype, capability)
+        yield Case(
+            kernel=weight_bwd_kernel,
+            label=f"{label} {what}",
+            pointers=pointers | {"p_x": dtype, "p_partials": torch.float32, "p_router_partials": torch.float32}
+            | ({"p_left": dtype} if p else {}) | ({"p_dlogits": torch.float32} if q else {}),
+            scalars=scalars | dict(P=p, Q=q, stride_lt=p, stride_xt=3072)
+            | (dict(stride_op=1, stride_ok=p) if transposed else dict(stride_op=3072, stride_ok=1)),
+            constants=absent | ({} if p else {"p_left": None}) | ({} if q else {"p_dlogits": None})
+            | dict(SPLITS=tiles.weight_splits(8192, p, 3072, tile), BLOCK_T=tile.block_t, BLOCK_P=tile.block_n,
+                   BLOCK_Q=tiles.padded_logits(q), BLOCK_K=tile.block_k),
+            tiles=tile,
+            tensor_cores=dtype != torch.float32,
+        )  # fmt: skip

@@ -8,6 +8,8 @@ r rank of one expert, R = E * r, P = G * R columns of the shrink, H gate sets (G
 # (Triton types a launch as a plain call of the kernel: it knows neither num_warps nor that constexpr takes an int.)
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from molora_kernels import dropout
+from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.dot import dot, dot_by_fp32
 from molora_kernels._triton.dropout import kept, row_keys
 from molora_kernels._triton.routing import choose, gates_of, softmax, sums_of
-from molora_kernels._triton.tiles import capability_of, launching_on
+from molora_kernels._triton.tiles import Capability, capability_of, launching_on
 from molora_kernels.grouped_lora import gating, portable, tiles
 
 
@@ -230,3 +233,29 @@ def expand(
 def rows_contiguous(x: Tensor) -> Tensor:
     """x itself if each of its rows is contiguous, which is all that the kernels ask, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def compile_cases(capability: Capability) -> Iterator[Case]:
+    for (P, H, E), dtype in itertools.product(tiles.COMPILED, DTYPES):
+        heads, experts = tiles.padded_experts(H, E)
+        Q = heads * experts if H else 0
+        if not tiles.rides_along(P, Q, dtype):
+            H = E = Q = 0
+        tile = tiles.shrink_tiles(P, Q, dtype, capability)
+        routing = ("p_router", "p_bias", "p_selection", "p_gates", "p_logits", "p_partials")
+        pointers = {"p_x": dtype, "p_a": dtype, "p_s": dtype}
+        absent = {} if H else dict.fromkeys((*routing, "p_mask"))
+        if H:
+            pointers |= {**dict.fromkeys(routing, torch.float32), "p_mask": torch.bool}
+        for has_dropout in (True, False):
+            yield Case(
+                kernel=shrink_fwd_kernel,
+                label=f"{short(dtype)} P={P} H={H} E={E}{' dropout' if has_dropout else ''}",
+                pointers=pointers | ({"p_seed": torch.int64} if has_dropout else {}),
+                scalars=dict(T=8192, K=3072, P=P, H=H, stride_xt=3072, stream=0, threshold=5243, keep_scale=1.087),
+                constants=absent | ({} if has_dropout else {"p_seed": None})
+                | dict(TOP_K=min(2, E) or 1, E=E or 1, E_PAD=experts, HEADS=heads)
+                | dict(BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_K=tile.block_k),
+                tiles=tile,
+                tensor_cores=dtype != torch.float32,
+            )  # fmt: skip

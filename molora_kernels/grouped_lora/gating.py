@@ -8,6 +8,8 @@ P = G * R columns of the shrink, H gate sets (G, or 1 shared by all projections)
 # (Triton types a launch as a plain call of the kernel: it knows neither num_warps nor that constexpr takes an int.)
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,11 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.routing import dlogits_of_gates, dlogits_of_sums, softmax
-from molora_kernels._triton.tiles import launching_on, next_power_of_2
+from molora_kernels._triton.tiles import Capability, Tiles, launching_on, next_power_of_2
 
 GATE_ROWS, GATE_COLUMNS = 32, 128
 """One program's share of these kernels, which are bound by memory and by launching."""
+TILES = Tiles(block_t=GATE_ROWS, block_k=0, block_n=GATE_COLUMNS)
 
 
 @triton.jit
@@ -136,8 +140,9 @@ def gate(s_TP: Tensor, gates_THE: Tensor | None, groups: int, scaling: float) ->
         gates = None if gates_THE is None else gates_THE.contiguous()
         with launching_on(s_TP.device):
             gate_fwd_kernel[(triton.cdiv(T, GATE_ROWS), triton.cdiv(P, GATE_COLUMNS))](
-                s_TP, gates, gated, T, P, P // groups, H, E, scaling, BLOCK_T=GATE_ROWS, BLOCK_P=GATE_COLUMNS
-            )
+                s_TP, gates, gated, T, P, P // groups, H, E, scaling,
+                BLOCK_T=GATE_ROWS, BLOCK_P=GATE_COLUMNS, num_warps=TILES.num_warps,
+            )  # fmt: skip
     return gated
 
 
@@ -182,7 +187,44 @@ def gate_backward(
                 dgated_TP, s_TP, gates, ds, gated, logits, more, dsums, mask, out,
                 T, P, R, R // E, H, groups // H, scaling,
                 TOP_K=top_k, E=E, E_PAD=next_power_of_2(E),
-                BLOCK_T=GATE_ROWS, BLOCK_R=min(next_power_of_2(R // E), 64),
+                BLOCK_T=GATE_ROWS, BLOCK_R=_block_r(R // E),
+                num_warps=TILES.num_warps,
             )  # fmt: skip
     nothing = s_TP.new_empty(0)
     return nothing if ds is None else ds, nothing if gated is None else gated, nothing if out is None else out
+
+
+def _block_r(r: int) -> int:
+    return min(next_power_of_2(r), 64)
+
+
+def compile_cases(_: Capability) -> Iterator[Case]:
+    for (groups, H, E, r), dtype in itertools.product(COMPILED, DTYPES):
+        shape = dict(T=8192, P=groups * max(E, 1) * r, R=max(E, 1) * r, H=H or 1)
+        gates: dict[str, torch.dtype] = {"p_gates": torch.float32} if H else {}
+        absent = {} if H else {"p_gates": None}
+        yield Case(
+            kernel=gate_fwd_kernel,
+            label=f"{short(dtype)} G={groups} H={H} E={E} r={r}",
+            pointers={"p_s": dtype, "p_gated": dtype, **gates},
+            scalars={**shape, "E": E or 1, "scaling": 2.0},
+            constants={**absent, "BLOCK_T": GATE_ROWS, "BLOCK_P": GATE_COLUMNS},
+            tiles=TILES,
+            tensor_cores=False,
+        )
+        routing = ("p_logits", "p_more", "p_dsums", "p_out")
+        yield Case(
+            kernel=gate_bwd_kernel,
+            label=f"{short(dtype)} G={groups} H={H} E={E} r={r}",
+            pointers={**dict.fromkeys(("p_dgated", "p_s", "p_ds", "p_gated"), dtype), **gates}
+            | ({**dict.fromkeys(routing, torch.float32), "p_mask": torch.bool} if H else {}),
+            scalars={**shape, "r": r, "groups_per_head": groups // (H or 1), "scaling": 2.0},
+            constants=absent | ({} if H else dict.fromkeys((*routing, "p_mask")))
+            | dict(TOP_K=min(2, E) or 1, E=E or 1, E_PAD=next_power_of_2(E), BLOCK_T=GATE_ROWS, BLOCK_R=_block_r(r)),
+            tiles=TILES,
+            tensor_cores=False,
+        )  # fmt: skip
+
+
+COMPILED = ((1, 0, 0, 32), (3, 0, 0, 32), (1, 1, 4, 32), (2, 2, 4, 32), (2, 1, 4, 32), (2, 2, 64, 8), (1, 1, 5, 100))
+"""(G, H, E, r) of the compile matrix: plain LoRA, mixtures with own and shared gates, many experts, odd shapes."""

@@ -21,6 +21,11 @@ SPLIT_PROGRAMS = 256
 the GPU at hand, so that sums do not depend on it."""
 
 
+COMPILED = ((32, 0, 0), (96, 0, 0), (128, 1, 4), (256, 2, 4), (256, 1, 4), (64, 3, 8), (256, 2, 16), (1024, 0, 0))
+"""(P, H, E) of the compile matrix: plain LoRA of o and of q/k/v; mixtures of down, of gate/up with a router each and
+shared; the fewest columns beside three routers; the widest that ride along; and a shrink of several blocks."""
+
+
 def padded_experts(heads: int, experts: int) -> tuple[int, int]:
     """(HEADS, E_PAD): powers of two whose product a tensor core takes."""
     heads = next_power_of_2(heads)
@@ -33,8 +38,11 @@ def padded_logits(Q: int) -> int:
 
 
 def rides_along(P: int, Q: int, dtype: torch.dtype) -> bool:
-    """Whether a router of Q padded columns is worth fusing: one block holds the whole shrink, so x is read once."""
-    return Q <= MAX_Q and next_power_of_2(P) <= _widest(dtype)
+    """Whether a router of Q padded columns is worth fusing: one block holds the whole shrink, so x is read once.
+
+    Not in fp32, whose products run on the fp32 units: both accumulators would not fit in registers.
+    """
+    return dtype != torch.float32 and Q <= MAX_Q and next_power_of_2(P) <= MAX_P
 
 
 def shrink_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability) -> Tiles:
@@ -42,15 +50,25 @@ def shrink_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability) -> 
     block_p = _block_p(P, dtype)
     if dtype == torch.float32:
         return Tiles(block_t=32, block_k=32, block_n=block_p, num_warps=4, num_stages=2)
-    return _staged(64, 64, block_p, 4 * Q, 8 if block_p == MAX_P else 4, capability)
+    warps = 8 if block_p > 64 else 4
+    if _reads_shared_memory(capability):
+        return _staged(64, 64, block_p, 4 * Q, warps, capability)
+    # Operands pass through registers: a shorter step leaves room for the accumulators, and fp16 x beside a router,
+    # whose weights then travel as three tf32 terms, needs fewer rows too.
+    return _staged(32 if Q and dtype == torch.float16 else 64, 32, block_p, 4 * Q, warps, capability)
 
 
 def weight_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability) -> Tiles:
     """``block_t`` tokens at a time, ``block_k`` features, ``block_n`` columns of the shrink."""
     block_p = _block_p(P, dtype)
     if dtype == torch.float32:
-        return Tiles(block_t=32, block_k=32, block_n=block_p, num_warps=4, num_stages=2)
-    return _staged(64, 64 if block_p == MAX_P else 128, block_p, 4 * Q, 8, capability)
+        return Tiles(block_t=16, block_k=32, block_n=block_p, num_warps=4, num_stages=2)
+    if _reads_shared_memory(capability):
+        return _staged(64, 64 if block_p == MAX_P else 128, block_p, 4 * Q, 8, capability)
+    block_k = 64 if block_p == MAX_P or Q else 128
+    if Q > MIN_DOT and dtype == torch.float16:
+        block_k = 32
+    return _staged(32, block_k, block_p, 4 * Q, 8 if block_k * block_p > 64 * 128 else 4, capability)
 
 
 def input_tiles(P: int, dtype: torch.dtype, capability: Capability) -> Tiles:
@@ -58,7 +76,7 @@ def input_tiles(P: int, dtype: torch.dtype, capability: Capability) -> Tiles:
     block_p = min(max(next_power_of_2(P), MIN_DOT), 64)
     if dtype == torch.float32:
         return Tiles(block_t=32, block_k=64, block_n=min(block_p, 32), num_warps=4, num_stages=2)
-    return Tiles(block_t=128, block_k=128, block_n=block_p, num_warps=8, num_stages=2)
+    return Tiles(128, 128 if _reads_shared_memory(capability) else 64, block_p, num_warps=8, num_stages=2)
 
 
 def weight_splits(T: int, P: int, K: int, tiles: Tiles) -> int:
@@ -67,16 +85,17 @@ def weight_splits(T: int, P: int, K: int, tiles: Tiles) -> int:
     return max(1, min(SPLIT_PROGRAMS // max(programs, 1), T // (4 * tiles.block_t)))
 
 
-def _widest(dtype: torch.dtype) -> int:
-    return 64 if dtype == torch.float32 else MAX_P
-
-
 def _block_p(P: int, dtype: torch.dtype) -> int:
-    return min(max(next_power_of_2(P), MIN_DOT), _widest(dtype))
+    return min(max(next_power_of_2(P), MIN_DOT), 64 if dtype == torch.float32 else MAX_P)
+
+
+def _reads_shared_memory(capability: Capability) -> bool:
+    """Whether tensor cores take their operands from shared memory: wgmma of sm_90, tcgen05 of sm_100."""
+    return capability is not None and capability[0] in (9, 10)
 
 
 def _staged(block_t: int, block_k: int, block_p: int, logit_bytes: int, warps: int, capability: Capability) -> Tiles:
     """As many stages, up to four, as shared memory holds, with a fifth of it left for the epilogue's exchanges."""
-    a_step = (block_t * block_k + block_p * max(block_k, block_t) + 0) * 2 + logit_bytes * block_k
-    stages = min(4, int(0.8 * shared_memory_kib(capability) * 1024) // a_step)
-    return Tiles(block_t, block_k, block_p, warps, stages)
+    step = (block_t * block_k + block_p * max(block_k, block_t)) * 2 + logit_bytes * block_k
+    stages = int(0.8 * shared_memory_kib(capability) * 1024) // step + (not _reads_shared_memory(capability))
+    return Tiles(block_t, block_k, block_p, warps, min(stages, 4))

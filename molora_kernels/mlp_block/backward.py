@@ -8,17 +8,21 @@ shrink of G projections.
 # (Triton types a launch as a plain call of the kernel: it knows neither num_warps nor that constexpr takes an int.)
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from molora_kernels._triton.tiles import launching_on
+from molora_kernels._triton.cases import DTYPES, Case, short
+from molora_kernels._triton.tiles import Capability, launching_on
 from molora_kernels.grouped_lora import backward as grouped_lora
 from molora_kernels.grouped_lora import gating
 from molora_kernels.grouped_lora.forward import rows_contiguous
 from molora_kernels.mlp_block import portable
-from molora_kernels.mlp_block.forward import BLOCK
+from molora_kernels.mlp_block.forward import BLOCK, TILES
 from molora_kernels.router.forward import flags, fp32
 
 
@@ -132,5 +136,20 @@ def swiglu_backward(h_gate: Tensor, h_up: Tensor, dh: Tensor, *, need_h: bool) -
     dh_gate, n = torch.empty_like(dh), dh.numel()
     if n:
         with launching_on(dh.device):
-            swiglu_bwd_kernel[(triton.cdiv(n, BLOCK),)](h_gate, h_up, dh, h, dh_gate, dh, n, BLOCK=BLOCK)
+            swiglu_bwd_kernel[(triton.cdiv(n, BLOCK),)](
+                h_gate, h_up, dh, h, dh_gate, dh, n, BLOCK=BLOCK, num_warps=TILES.num_warps
+            )
     return dh.new_empty(0, 0) if h is None else h, dh_gate, dh
+
+
+def compile_cases(_: Capability) -> Iterator[Case]:
+    for dtype, need_h in itertools.product(DTYPES, (True, False)):
+        yield Case(
+            kernel=swiglu_bwd_kernel,
+            label=f"{short(dtype)}{' h' if need_h else ''}",
+            pointers=dict.fromkeys(("p_gate", "p_up", "p_dh", "p_dgate", "p_dup", *(["p_h"] if need_h else [])), dtype),
+            scalars={"n": 8192 * 8192},
+            constants={"BLOCK": BLOCK} | ({} if need_h else {"p_h": None}),
+            tiles=TILES,
+            tensor_cores=False,
+        )

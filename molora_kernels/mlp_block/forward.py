@@ -8,12 +8,15 @@ shrink of G projections.
 # (Triton types a launch as a plain call of the kernel: it knows neither num_warps nor that constexpr takes an int.)
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from molora_kernels._triton.tiles import launching_on
+from molora_kernels._triton.cases import DTYPES, Case, short
+from molora_kernels._triton.tiles import Capability, Tiles, launching_on
 from molora_kernels.grouped_lora import forward as grouped_lora
 from molora_kernels.grouped_lora import gating, tiles
 from molora_kernels.mlp_block import portable
@@ -21,6 +24,7 @@ from molora_kernels.router import forward as router
 
 BLOCK = 1024
 """Elements of one program of an elementwise kernel."""
+TILES = Tiles(block_t=0, block_k=BLOCK)
 
 
 @triton.jit
@@ -97,5 +101,20 @@ def swiglu(h_gate_TI: Tensor, h_up_TI: Tensor) -> Tensor:
     h, n = torch.empty_like(h_gate_TI), h_gate_TI.numel()
     if n:
         with launching_on(h.device):
-            swiglu_fwd_kernel[(triton.cdiv(n, BLOCK),)](h_gate_TI, h_up_TI, h, n, BLOCK=BLOCK)
+            swiglu_fwd_kernel[(triton.cdiv(n, BLOCK),)](
+                h_gate_TI, h_up_TI, h, n, BLOCK=BLOCK, num_warps=TILES.num_warps
+            )
     return h
+
+
+def compile_cases(_: Capability) -> Iterator[Case]:
+    for dtype in DTYPES:
+        yield Case(
+            kernel=swiglu_fwd_kernel,
+            label=short(dtype),
+            pointers=dict.fromkeys(("p_gate", "p_up", "p_h"), dtype),
+            scalars={"n": 8192 * 8192},
+            constants={"BLOCK": BLOCK},
+            tiles=TILES,
+            tensor_cores=False,
+        )
