@@ -4,10 +4,14 @@ The interpreter multiplies the bits of bf16 operands as integers (silently), so 
 of two bf16 numbers is exact in fp32, so the result is what a tensor core gives up to the order of the sum.
 """
 
+# Kernels are Python in spelling only, so these do not apply to them.
+# pyright: reportAttributeAccessIssue=false
+
 import triton
 import triton.language as tl
+from triton import knobs
 
-INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 """Whether ``TRITON_INTERPRET`` was set when triton was first imported."""
 
 

@@ -4,6 +4,9 @@ Shape letters: T tokens, K input features, H routers that read the same input, E
 power of two, C = H * E logits of a token, C_PAD padded to a power of two, S splits of the tokens.
 """
 
+# Kernels are Python in spelling only, so these do not apply to them.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator

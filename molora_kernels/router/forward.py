@@ -4,6 +4,9 @@ Shape letters: T tokens, K input features, H routers that read the same input, E
 power of two, HEADS routers of one program, B blocks of tokens.
 """
 
+# Kernels are Python in spelling only, so these do not apply to them.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator
