@@ -9,28 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from bench.provenance import provenance
 
 
 def show(title: str, rows: list[dict[str, Any]], absent: dict[str, str]) -> None:
-    """A table of variants, and a line for each that has no time, with the reason."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("variant")
-    for column in ("forward ms", "backward ms", "total ms", "over the frozen base", "quartiles", "saved MiB"):
-        table.add_column(column, justify="right")
+    """A table of variants, and a line for each that has no time, with the reason.
+
+    Plain text, so that a benchmark runs on a machine that has nothing but torch and triton.
+    """
+    print(f"\n{title}")
+    width = max(len(row["variant"]) for row in rows)
+    print(f"{'':{width}}  forward ms  backward ms  total ms  over the frozen base (quartiles)  saved MiB")
     for row in rows:
         low, high = row["ratio_quartiles"]
-        table.add_row(
-            row["variant"], f"{row['fwd_ms']:.1f}", f"{row['bwd_ms']:.1f}", f"{row['total_ms']:.1f}",
-            f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['saved_mib']:.1f}",
-        )  # fmt: skip
-    console = Console()
-    console.print(table)
+        ratio = f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
+        print(
+            f"{row['variant']:{width}}  {row['fwd_ms']:10.2f}  {row['bwd_ms']:11.2f}  {row['total_ms']:8.2f}"
+            f"  {ratio:>32}  {row['saved_mib']:9.1f}"
+        )
     for name, reason in absent.items():
-        console.print(f"{name}: not measured, {reason}")
+        print(f"{name}: not measured, {reason}")
 
 
 def write(path: str | Path, what: dict[str, Any], rows: list[dict[str, Any]], absent: dict[str, str]) -> None:
