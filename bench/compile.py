@@ -12,8 +12,9 @@ import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,14 +27,15 @@ from rich.table import Table
 from bench.provenance import provenance
 from bench.registry import KERNEL_MODULES
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+"""CUDA compute capabilities. AMD's gfx942 compiles too, when asked for."""
 
 
 @dataclass(frozen=True)
 class Task:
     """A case, named so that another process finds it again: triton's kernels do not travel between processes."""
 
-    arch: int
+    arch: str
     module: str
     index: int
     kernel: str
@@ -44,7 +46,7 @@ class Task:
 class Compiled:
     """What the assembler made of a case."""
 
-    arch: int
+    arch: str
     kernel: str
     label: str
     tiles: str
@@ -60,9 +62,9 @@ class Compiled:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, like 80 90")
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="such as 80 90 gfx942 (default: 80 to 120)")
     parser.add_argument("--kernel", help="only kernels whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="one case per kernel and dtype, for sm_80, 90 and 120")
+    parser.add_argument("--quick", action="store_true", help="one case per kernel and dtype, for 80, 90 and 120")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: up to 2)")
     parser.add_argument("--json", type=Path, help="write every row, with commit and versions, to this file")
 
@@ -71,17 +73,17 @@ def run(arguments: argparse.Namespace) -> int:
     # The interpreter's kernels cannot be compiled, and workers inherit this environment.
     os.environ["TRITON_INTERPRET"] = "0"
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    architectures = (80, 90, 120) if arguments.quick else arguments.arch
+    architectures = ("80", "90", "120") if arguments.quick else arguments.arch
     tasks = [t for t in _tasks(architectures, arguments.quick) if not arguments.kernel or arguments.kernel in t.kernel]
     if not tasks:
         raise SystemExit(f"no kernel's name contains {arguments.kernel!r}")
-    rows = sorted(_compile_all(tasks, arguments.jobs), key=lambda row: (row.kernel, row.arch, row.label))
+    rows = sorted(_compile_all(tasks, arguments.jobs), key=lambda row: (row.kernel, len(row.arch), row.arch, row.label))
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     console.print(_table(rows))
     faults = [row for row in rows if row.fault]
     for row in faults:
-        console.print(f"[red]sm_{row.arch} {row.kernel} {row.label} {row.tiles}: {row.fault}", highlight=False)
+        console.print(f"[red]{_name(row.arch)} {row.kernel} {row.label} {row.tiles}: {row.fault}", highlight=False)
     console.print(f"{len(rows)} compiled, {len(faults)} at fault")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
-def _tasks(architectures: Iterable[int], quick: bool) -> Iterator[Task]:
+def _tasks(architectures: Iterable[str], quick: bool) -> Iterator[Task]:
     for arch in architectures:
         for module in KERNEL_MODULES:
             seen = set()
@@ -102,10 +104,18 @@ def _tasks(architectures: Iterable[int], quick: bool) -> Iterator[Task]:
                 yield Task(arch, module, index, case.kernel.__name__, case.label)
 
 
-def _cases(module: str, arch: int) -> list[Any]:
+def _cases(module: str, arch: str) -> list[Any]:
     from molora_kernels._triton.cases import distinct
 
-    return distinct(importlib.import_module(module).compile_cases((arch // 10, arch % 10)))
+    return distinct(importlib.import_module(module).compile_cases(_capability(arch)))
+
+
+def _capability(arch: str) -> tuple[int, int] | None:
+    return (int(arch[:-1]), int(arch[-1])) if arch.isdigit() else None
+
+
+def _name(arch: str) -> str:
+    return f"sm_{arch}" if arch.isdigit() else arch
 
 
 def _compile_all(tasks: list[Task], jobs: int) -> Iterator[Compiled]:
@@ -125,16 +135,17 @@ def compile_task(task: Task) -> Compiled:
 
     case = _cases(task.module, task.arch)[task.index]
     signature, constants, attributes = specialise(case)
-    limit = shared_memory_kib((task.arch // 10, task.arch % 10)) * 1024
+    limit = shared_memory_kib(_capability(task.arch)) * 1024
     tiles = ", ".join(f"{name}={value}" for name, value in asdict(case.tiles).items() if value)
     compiled: Any = triton.compile(
         ASTSource(case.kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", task.arch, 32),
+        target=GPUTarget("cuda", int(task.arch), 32) if task.arch.isdigit() else GPUTarget("hip", task.arch, 64),
         options={"num_warps": case.tiles.num_warps, "num_stages": case.tiles.num_stages},
     )
-    registers, spilled = _resources(compiled.asm["cubin"])
+    registers, spilled = _resources(compiled.asm)
     shared = compiled.metadata.shared
-    found = re.search(r"(tcgen05\.mma|wgmma\.mma_async|mma\.sync)", compiled.asm["ptx"])
+    assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
+    found = re.search(r"tcgen05\.mma|wgmma\.mma_async|mma\.sync|v_mfma", assembly)
     faults = []
     if spilled:
         faults.append(f"{spilled} bytes a thread spilled")
@@ -144,7 +155,7 @@ def compile_task(task: Task) -> Compiled:
         faults.append("no tensor-core instruction")
     return Compiled(
         task.arch, task.kernel, task.label, tiles, registers, spilled, shared, limit,
-        found[1] if found else "", "; ".join(faults),
+        found[0] if found else "", "; ".join(faults),
     )  # fmt: skip
 
 
@@ -173,12 +184,17 @@ def specialise(case: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[in
     return signature, constants, attributes
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def _resources(asm: Mapping[str, Any]) -> tuple[int, int]:
+    """(registers, bytes spilled) of a thread, from the object file; AMD's compiler states them in its assembly."""
+    if "amdgcn" in asm:
+        stated = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", asm["amdgcn"]))
+        return int(stated["vgpr_count"]), 4 * int(stated["vgpr_spill_count"])
+
     import triton.backends.nvidia
 
     tool = Path(next(iter(triton.backends.nvidia.__path__))) / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(asm["cubin"])
         file.flush()
         report = subprocess.run(
             [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
@@ -191,11 +207,11 @@ def _table(rows: list[Compiled]) -> Table:
     table = Table(title="the worst of each kernel's cases")
     for column in ("kernel", "arch", "cases", "regs", "spilled", "shared", "instruction", "faults"):
         table.add_column(column, justify="left" if column in ("kernel", "instruction") else "right", no_wrap=True)
-    for kernel, arch in sorted({(row.kernel, row.arch) for row in rows}):
+    for kernel, arch in dict.fromkeys((row.kernel, row.arch) for row in rows):
         group = [row for row in rows if (row.kernel, row.arch) == (kernel, arch)]
         table.add_row(
             kernel,
-            f"sm_{arch}",
+            _name(arch),
             str(len(group)),
             str(max(row.registers for row in group)),
             str(max(row.spilled for row in group)),

@@ -222,7 +222,7 @@ def compile_cases(capability: Capability) -> Iterator[Case]:
     fp32_pointers = dict.fromkeys(("p_dgates", "p_dsums", "p_logits", "p_gates", "p_dlogits"), torch.float32)
     for heads, experts in ROUTERS:
         rows = dlogits_tiles(experts)
-        for top_k in (1, 2) if experts == 4 else (2,):
+        for top_k in (1, 2) if heads == 1 else (2,):
             yield Case(
                 kernel=router_bwd_dlogits_kernel,
                 label=f"H={heads} E={experts} k={top_k}",
@@ -246,7 +246,7 @@ def compile_cases(capability: Capability) -> Iterator[Case]:
                 **dict.fromkeys(("p_dlogits", "p_weight", "p_dweight", "p_dbias"), torch.float32),
             }
             wanted = {"": (), "dx alone": ("p_dweight", "p_dbias"), "without dx": ("p_dx",)}
-            for what, absent in wanted.items() if experts == 4 else [("", ())]:
+            for what, absent in wanted.items() if (heads, experts) == (2, 4) else [("", ())]:
                 yield Case(
                     kernel=router_bwd_kernel,
                     label=f"{short(dtype)} C={columns} {what}".strip(),
