@@ -1,4 +1,4 @@
-# Everything a person does here. `make quickstart` and `make test` work on a fresh machine with Python >= 3.10.
+# Everything a person does here. `make quickstart` and `make test` work on a fresh machine with Python >= 3.11.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -6,6 +6,8 @@ BIN := .venv/bin
 
 venv: .venv/.done
 .venv/.done: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "the pinned versions need Python >= 3.11; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[triton,quickstart,dev]"
@@ -30,5 +32,5 @@ check: .venv/.done  ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-clean:  ## what was built and measured here; .venv stays
-	rm -rf outputs data build dist *.egg-info
+clean:  ## what quickstart and packaging made; your own data and runs stay, and so does .venv
+	rm -rf outputs/quickstart data/quickstart build dist *.egg-info

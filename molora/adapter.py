@@ -163,9 +163,11 @@ def _check_backbone(config: Config, model: nn.Module) -> None:
         raise UserError(f"backbone: {config.backbone!r}, but {config.model_name!r} is a {kind!r} model")
 
 
-def base_fingerprint(model: nn.Module) -> str:
-    """Tells base models of one shape apart: a hash over the first elements of each frozen tensor, read as bf16 so
-    that the precision of loading does not matter."""
+def base_fingerprint(model: nn.Module) -> str | None:
+    """Tells base models of one shape apart: a hash over the first elements of each frozen tensor, read as bf16, so
+    that it is the same for a base loaded in fp32 and in bf16. None for fp16, whose rounding loses what it reads."""
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        return None
     adapters = {id(p) for _, p in _adapter_tensors(model)}
     digest = hashlib.sha256()
     for parameter in model.parameters():
@@ -186,34 +188,54 @@ def is_adapter(folder: Path) -> bool:
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     """Write the model's LoRA and router tensors and their manifest to ``folder``, which is created.
 
-    Files are written aside, flushed to disk and renamed, the manifest last: a folder with a manifest is whole.
+    Both files are written aside and flushed to disk before either takes its place, the manifest last: a folder with a
+    manifest is whole.
 
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapters, or no name or folder to find its base by.
         OSError: the disk is full or not writable; older files are untouched.
     """
     state = _state(model)
+    base = _base_name(model)
+    if not base:
+        raise ValueError(
+            "the model was made in memory, so its adapter could never be loaded: save the base with save_pretrained "
+            "and load it before molora.inject, or set model.molora_base to its folder or hub name"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in _adapter_tensors(model)}
-    weights = folder / WEIGHTS
-    aside = weights.with_suffix(".tmp")
-    save_file(tensors, aside, metadata={"format": "pt"})
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in _adapter_tensors(model)}
+    asides = [folder / (name + ".tmp") for name in (WEIGHTS, MANIFEST)]
+    try:
+        _write_aside(asides, tensors, base, model, state)
+        for aside in asides:
+            os.replace(aside, aside.with_suffix(""))
+    except BaseException:
+        for aside in asides:
+            aside.unlink(missing_ok=True)
+        raise
+    return folder
+
+
+def _write_aside(
+    asides: list[Path], tensors: dict[str, torch.Tensor], base: str, model: nn.Module, state: State
+) -> None:
+    weights, manifest_file = asides
+    save_file(tensors, weights, metadata={"format": "pt"})
     manifest = {
         "format": FORMAT,
-        "base_model": _base_name(model),
+        "base_model": base,
         "base_fingerprint": base_fingerprint(model),
         "injection": state.injection.model_dump(),
         "moe": state.moe.model_dump(),
         "routers": state.ledger.names,
-        "sha256": file_sha256(aside),
+        "sha256": file_sha256(weights),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    _replace(aside, weights)
-    aside = folder / (MANIFEST + ".tmp")
-    aside.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    _replace(aside, folder / MANIFEST)
-    return folder
+    manifest_file.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for aside in asides:
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
@@ -234,7 +256,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); use another checkpoint") from error
     fingerprint = base_fingerprint(model)
-    if manifest.get("base_fingerprint") != fingerprint:
+    if None not in (fingerprint, manifest.get("base_fingerprint")) and manifest["base_fingerprint"] != fingerprint:
         raise UserError(
             f"{folder}: the adapter was trained on another base model than the one loaded "
             f"({manifest['base_model']!r} when it was saved); load it on its own base"
@@ -291,10 +313,14 @@ def _check_same_shape(folder: Path, manifest: dict[str, Any], config: Config) ->
         for key in _SHAPE_KEYS
         if saved.get(key) != wanted[key]
     ]
-    for key in ("router_scope",):
-        there, here = manifest["moe"].get(key), getattr(config.moe, key)
-        if there != here:
-            differ.append(f"moe.{key} is {there!r} there, {here!r} here")
+    there, here = check(MoE, manifest["moe"], where=str(folder)), config.moe
+    if there.router_scope != here.router_scope:
+        differ.append(f"moe.router_scope is {there.router_scope!r} there, {here.router_scope!r} here")
+    if (there.load_balance.type == "aux_loss_free") != (here.load_balance.type == "aux_loss_free"):
+        differ.append(
+            f"moe.load_balance.type is {there.load_balance.type!r} there, {here.load_balance.type!r} here, and only "
+            "aux_loss_free has a selection bias"
+        )
     if differ:
         raise UserError(f"{folder}: its adapter has another shape than this configuration: " + "; ".join(differ))
 
@@ -335,12 +361,6 @@ def _tokenizer(folder: Path) -> Any:
     return (
         AutoTokenizer.from_pretrained(folder, local_files_only=True) if (folder / "tokenizer.json").is_file() else None
     )
-
-
-def _replace(aside: Path, target: Path) -> None:
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, target)
 
 
 def _listed(label: str, items: list[str], most: int = 4) -> str:

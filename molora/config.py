@@ -150,6 +150,8 @@ class Training(Section):
     """Micro-batches per optimizer step; gradients are weighted by tokens."""
     max_grad_norm: NonNegative = 1.0
     """Gradient clipping threshold; 0 turns clipping off."""
+    max_skipped_steps: Positive = 5
+    """A step whose loss or gradient is not finite changes no weight; after so many in a row the run stops."""
     step_unit: Literal["optimizer", "micro"] = "optimizer"
     """Unit of every step count in this section. ``micro`` counts micro-batches, as the seed's tool does; it is
     converted to optimizer steps once, when the configuration is resolved."""
@@ -232,7 +234,9 @@ class Config(Section):
         present = {"lora"} if self.injection.target_keywords else set[str]()
         if self.injection.strategy == "mixture_lora" and self.injection.target_keywords:
             present.add("router")
-        if self.injection.attn_lora.enabled and self.injection.attn_lora.keywords:
+        if self.injection.attn_lora.enabled and set(self.injection.attn_lora.keywords) - set(
+            self.injection.target_keywords
+        ):
             present.add("attn_lora")
         for i, phase in enumerate(self.training.phases):
             if not present & set(phase.trainable):

@@ -7,6 +7,7 @@ r rank of one expert.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,26 @@ from molora import routing
 from molora.config import Group
 
 
-class Router(nn.Module):
+class _Masters(nn.Module):
+    """A module whose own parameters keep their precision when the model around them is cast to a narrower one.
+
+    ``model.to(torch.bfloat16)`` halves a base; bf16 masters would lose most updates at fine-tuning learning rates.
+    Moves between devices and casts to a wider dtype are followed.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Masters:
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+
+        def keep_precision(t: Tensor) -> Tensor:
+            applied = fn(t)
+            return t.to(applied.device) if applied.dtype.itemsize < t.dtype.itemsize else applied
+
+        return super()._apply(keep_precision, recurse=False)
+
+
+class Router(_Masters):
     """Weights of a softmax router over E experts, fp32 whatever the model's dtype."""
 
     def __init__(self, features: int, experts: int, device: torch.device, selection_bias: bool) -> None:
@@ -33,7 +53,7 @@ class Router(nn.Module):
         return molora_kernels.Router(self.weight, self.bias, self.selection_bias)
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(_Masters):
     """A frozen linear and its LoRA experts: ``y = x W^T + b + (alpha / r) sum_e g_e B_e A_e dropout(x)``.
 
     With one expert and no router it is a plain LoRA. Parameters are fp32 masters of any base dtype.
@@ -93,17 +113,33 @@ class SharedInput:
         self.members = members
         self.ledger: routing.Ledger | None = None
         self.rows = slice(0, 0)
-        self._x: Tensor | None = None
-        self._waiting: dict[int, Tensor] = {}
+        self._forget()
 
     def __call__(self, member: LoraLinear, x: Tensor) -> Tensor:
-        i = 0 if len(self.members) == 1 else next(j for j, m in enumerate(self.members) if m is member)
-        if self._x is not x or i not in self._waiting:
-            self._x, self._waiting = x, dict(enumerate(self._compute(x)))
+        if len(self.members) == 1:
+            return self._compute(x)[0]
+        i = next((j for j, m in enumerate(self.members) if m is member), None)
+        if i is None:
+            raise RuntimeError(
+                "this projection is a replica without the ones that share its input, as nn.DataParallel makes them; "
+                "use DistributedDataParallel, one process a device"
+            )
+        state = (None if x.is_inference() else x._version, torch.is_grad_enabled(), member.training)
+        if self._x is not x or self._state != state or i not in self._waiting:
+            self._x, self._state, self._waiting = x, state, dict(enumerate(self._compute(x)))
         y = self._waiting.pop(i)
         if not self._waiting:
-            self._x = None
+            self._forget()
         return y
+
+    def _forget(self) -> None:
+        self._x: Tensor | None = None
+        self._state: tuple[int | None, bool, bool] | None = None
+        self._waiting: dict[int, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """What copies and pickles keep: not the outputs that wait, which belong to a graph."""
+        return self.__dict__ | {"_x": None, "_state": None, "_waiting": {}}
 
     def _compute(self, x: Tensor) -> list[Tensor]:
         first = self.members[0]

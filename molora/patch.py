@@ -52,9 +52,15 @@ def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe:
     if hasattr(model, "molora"):
         raise UserError("the model has molora adapters already; call molora.remove(model) first")
     family = family_of(model)
-    layers = model.get_submodule(family.layers)
+    try:
+        layers = model.get_submodule(family.layers)
+    except AttributeError:
+        raise UserError(
+            f"{type(model).__name__} has no {family.layers}; give the causal LM, not its backbone"
+        ) from None
     indices = _layer_indices(injection, len(layers))  # type: ignore[arg-type] # a ModuleList
-    plan = {i: _plan(family, layers.get_submodule(str(i)), injection, moe) for i in indices}
+    fused = getattr(model.config, "hidden_act", None) == "silu"
+    plan = {i: _plan(family, layers.get_submodule(str(i)), injection, moe, fused) for i in indices}
     _require_matches(injection, family, plan, layers.get_submodule(str(indices[0])))
 
     state = State(injection, moe)
@@ -63,10 +69,10 @@ def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe:
         if parameter.requires_grad:
             state.unfrozen.append(parameter)
             parameter.requires_grad_(False)
-    fused = getattr(model.config, "hidden_act", None) == "silu"
     for i in indices:
         _patch_layer(state, family, f"{family.layers}.{i}", layers.get_submodule(str(i)), plan[i], fused)
     model.molora = state  # type: ignore[assignment] # a plain attribute, not a submodule
+    model.save_pretrained = _refuse_save_pretrained  # type: ignore[assignment]
     return model
 
 
@@ -84,7 +90,7 @@ def remove(model: AnyModel) -> AnyModel:
         setattr(parent, name, original)
     for parameter in state.unfrozen:
         parameter.requires_grad_(True)
-    del model.molora
+    del model.molora, model.save_pretrained
     return model
 
 
@@ -97,6 +103,14 @@ def parameter_groups(model: nn.Module) -> dict[Group, list[tuple[str, nn.Paramet
         elif isinstance(module, LoraLinear):
             groups[module.group] += [(f"{path}.{name}", p) for name, p in module.named_parameters(recurse=False)]
     return groups
+
+
+def _refuse_save_pretrained(*_args: object, **_kwargs: object) -> None:
+    """Stands in for the method of a patched model, whose parameter names ``from_pretrained`` would not recognise."""
+    raise UserError(
+        "save_pretrained would write a patched model that from_pretrained cannot read; use "
+        "molora.save_adapter(model, folder) for the adapter, or molora.remove(model) first for the base"
+    )
 
 
 # --- planning ----------------------------------------------------------------------------------------------------
@@ -130,7 +144,7 @@ def _layer_indices(injection: Injection, count: int) -> list[int]:
     return indices
 
 
-def _plan(family: Family, layer: nn.Module, injection: Injection, moe: MoE) -> Plan:
+def _plan(family: Family, layer: nn.Module, injection: Injection, moe: MoE, fused: bool) -> Plan:
     plan: Plan = {}
     for path, module in layer.named_modules():
         if not isinstance(module, nn.Linear):
@@ -146,10 +160,10 @@ def _plan(family: Family, layer: nn.Module, injection: Injection, moe: MoE) -> P
     mlp = [f"{family.mlp}.{name}" for name in family.swiglu or ()]
     if injection.strategy == "mixture_lora" and moe.router_scope == "mlp":
         targets = {path for path, group in plan.items() if group == "lora"}
-        if not mlp or targets != set(mlp):
+        if not fused or not mlp or targets != set(mlp):
             raise UserError(
-                "moe.router_scope: mlp shares one router over an MLP's three projections, so "
-                f"injection.target_keywords must be exactly {list(family.swiglu or ())}"
+                "moe.router_scope: mlp shares one router over the three projections of a SwiGLU MLP (hidden_act silu), "
+                f"so injection.target_keywords must be exactly {list(family.swiglu or ())}"
             )
     return plan
 
@@ -178,13 +192,12 @@ def _patch_layer(state: State, family: Family, layer_path: str, layer: nn.Module
     block = tuple(f"{family.mlp}.{name}" for name in family.swiglu or ())
     if fused and block and all(plan.get(path) == "lora" for path in block):
         _patch_mlp(state, family, layer_path, layer, [made.pop(path) for path in block])
-    elif state.moe.router_scope == "mlp" and state.injection.strategy == "mixture_lora":
-        raise UserError("moe.router_scope: mlp needs an MLP with hidden_act silu")
 
     for path, module in made.items():
         parent_path, _, name = path.rpartition(".")
         parent = layer.get_submodule(parent_path)
         state.replaced.append((parent, name, module.base))
+        module.train(module.base.training)
         setattr(parent, name, module)
     for paths in _sharing(family, {path: plan[path] for path in made}):
         _share(state, layer_path, paths, [made[path] for path in paths])

@@ -35,8 +35,8 @@ class Record:
     """(R, 1 + E) fp32, as :class:`molora_kernels.Routing` has them."""
     counts: Tensor
     """(R, E) fp32."""
-    gradient: Tensor | None = None
-    """(R, 1 + E) fp32: d loss / d sums; what :func:`combine` writes and the layers' backward reads."""
+    gradient: Tensor
+    """(R, 1 + E) fp32: d loss / d sums; zero until :func:`combine` writes it; the layers' backward reads it."""
 
 
 @dataclass
@@ -90,13 +90,15 @@ def record(model: nn.Module, attention_mask: Tensor) -> Record:
         tokens=mask.sum().float(),
         sums=torch.zeros(shape[0], 1 + shape[1], device=mask.device),
         counts=torch.zeros(shape, device=mask.device),
+        gradient=torch.zeros(shape[0], 1 + shape[1], device=mask.device),
     )
 
 
 @contextmanager
 def using(model: nn.Module, record: Record) -> Iterator[None]:
     """Make ``record`` the one that routers write to and read from. Needed around the forward and around the backward
-    of the same micro-batch: checkpointing runs forwards inside backward."""
+    of the same micro-batch: checkpointing runs forwards inside backward. One record serves one forward; a second one
+    under it would overwrite what the first wrote."""
     ledger = ledger_of(model)
     previous, ledger.current = ledger.current, record
     try:
@@ -106,16 +108,21 @@ def using(model: nn.Module, record: Record) -> Iterator[None]:
 
 
 def combine(
-    model: nn.Module, records: Sequence[Record], moe: MoE, total_tokens: Tensor | float | None = None
+    model: nn.Module, records: Sequence[Record], moe: MoE | None = None, total_tokens: Tensor | float | None = None
 ) -> RouterLosses:
     """Form the router losses over ``records`` and set ``gradient`` on each of them.
 
+    The gradient enters as that of a loss added to the training loss as it is: a scale that the training loss is
+    multiplied by before backward (a gradient scaler's) does not reach it.
+
     Args:
         records: the micro-batches over which an expert's load f_e is counted.
+        moe: the losses' coefficients; default: those that the model was injected with.
         total_tokens: valid tokens of the whole optimizer step if that is more than these records, so that
             contributions of single micro-batches add up token-weighted; default: the records' own.
     """
     ledger = ledger_of(model)
+    moe = moe or model.molora.moe  # type: ignore[union-attr] # set by inject
     tokens = torch.stack([r.tokens for r in records]).sum().clamp(min=1)
     sums = torch.stack([r.sums for r in records]).sum(0)
     counts = torch.stack([r.counts for r in records]).sum(0)
@@ -134,22 +141,29 @@ def combine(
     share = tokens if total_tokens is None else total_tokens
     gradient = torch.cat([torch.full_like(sums[:, :1], z_coef), balance_coef * balance_of], dim=1) / (routers * share)
     for r in records:
-        r.gradient = gradient
+        r.gradient.copy_(gradient)
     total = (z_coef * z_loss + balance_coef * load_balance) * (tokens / share)
     return RouterLosses(z_loss, load_balance, total, fraction / ledger.top_k)
 
 
 @torch.no_grad()
-def step_bias(model: nn.Module, records: Sequence[Record], moe: MoE) -> None:
+def step_bias(model: nn.Module, records: Sequence[Record], moe: MoE, skipped: Tensor | None = None) -> None:
     """Loss-free balancing (arXiv 2408.15664, algorithm 1): after an optimizer step, raise the selection bias of the
     experts that got less than the mean load and lower that of the others, by ``bias_update_speed``. Does nothing for
-    the other kinds of load balance."""
+    the other kinds of load balance, nor where ``skipped`` () bool says that the step changed nothing."""
     if moe.load_balance.type != "aux_loss_free":
         return
     counts = torch.stack([r.counts for r in records]).sum(0)
-    error = counts.mean(-1, keepdim=True) - counts
+    direction = (counts.mean(-1, keepdim=True) - counts).sign()
+    if skipped is not None:
+        direction = direction.masked_fill(skipped, 0.0)
     for row, router in enumerate(model.molora.routers):  # type: ignore[union-attr] # set by inject
-        router.selection_bias.add_(error[row].sign(), alpha=moe.load_balance.bias_update_speed)
+        if router.selection_bias is None:
+            raise ValueError(
+                "moe.load_balance.type is aux_loss_free here, but the model was injected with another type and its "
+                "routers have no selection bias; give molora.inject the same moe settings"
+            )
+        router.selection_bias.add_(direction[row], alpha=moe.load_balance.bias_update_speed)
 
 
 def collect(ledger: Ledger, rows: slice, y: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
@@ -172,6 +186,17 @@ class _InjectGradient(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        gradient = ctx.record.gradient
-        return dy, None if gradient is None else gradient[ctx.rows], None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return dy, _read_in_backward(ctx.record.gradient, dy)[ctx.rows], None, None
+
+
+@torch.library.custom_op("molora::read_in_backward", mutates_args=())
+def _read_in_backward(gradient: Tensor, dy: Tensor) -> Tensor:
+    """A copy of ``gradient`` as it is when backward runs. To torch.compile, which traces backward before
+    :func:`combine` has written the values, this is an operator that depends on ``dy`` and so stays in backward."""
+    return gradient.clone()
+
+
+@_read_in_backward.register_fake
+def _(gradient: Tensor, dy: Tensor) -> Tensor:
+    return torch.empty_like(gradient)

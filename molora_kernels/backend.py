@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 from typing import Literal, get_args
 
 import torch
@@ -38,10 +39,13 @@ class use_backend:
             raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(get_args(Backend))}")
         if name == "triton" and not _triton_installed():
             raise RuntimeError("backend 'triton' needs the package triton: pip install triton, or choose 'torch'")
+        self._name: Backend = name
         self._previous: Backend = _choice
         _choice = name
 
     def __enter__(self) -> use_backend:
+        global _choice
+        _choice = self._name
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,7 +59,15 @@ def reference_chosen() -> bool:
 
 
 def backend_for(device: torch.device) -> Resolved:
-    """The backend that a tensor on ``device`` runs on under the present choice."""
+    """The backend that a tensor on ``device`` runs on under the present choice.
+
+    Raises RuntimeError if Triton was chosen and has no way to run on ``device``.
+    """
+    if _choice == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"backend 'triton' was chosen, but tensors are on {device.type}: move them to a CUDA device, or choose "
+            "'auto' or 'torch'; set TRITON_INTERPRET=1 before the start to run the kernels in Triton's interpreter"
+        )
     if _choice != "auto":
         return _choice
     chosen, why = _auto(device.type)

@@ -40,5 +40,10 @@ def test_backend_choice_is_checked_and_undone() -> None:
         assert molora_kernels.backend_for(cpu) == "reference"
     with molora_kernels.use_backend("auto"):
         assert molora_kernels.backend_for(cpu) == "torch"
+    undone = molora_kernels.use_backend("reference")
+    with molora_kernels.use_backend("torch"):
+        assert molora_kernels.backend_for(cpu) == "torch"
+    with undone:
+        assert molora_kernels.backend_for(cpu) == "reference"
     with pytest.raises(ValueError, match="choose one of"):
         molora_kernels.use_backend("cuda")  # type: ignore[arg-type]

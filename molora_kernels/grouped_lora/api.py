@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from molora_kernels import autocast
 from molora_kernels.backend import reference_chosen
 from molora_kernels.dropout import dropout_mask, survivor_scale
 from molora_kernels.grouped_lora import op, reference
@@ -31,7 +32,7 @@ def grouped_lora(
 
     Args:
         x: (..., K), fp16, bf16, fp32 or fp64.
-        weights: G frozen (N_g, K) in x's dtype.
+        weights: G frozen (N_g, K) in x's dtype. Under ``torch.autocast`` x and they are cast as a linear's would be.
         lora_a: G of (E * r, K); expert e owns rows ``e*r : (e+1)*r``. Any float dtype: fp32 masters are cast to x's
             dtype for the matmuls, and their gradients come back in their own.
         lora_b: G of (N_g, E * r), likewise by columns.
@@ -46,20 +47,24 @@ def grouped_lora(
         G tensors (..., N_g) in x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or counts that do not fit; a base weight that requires grad; dropout without a seed.
+        ValueError: shapes, dtypes or counts that do not fit; a base weight or bias that requires grad; dropout without
+            a seed.
     """
     features = x.shape[-1]
+    x, frozen = autocast.follow(x, [*weights, *biases])
+    weights, biases = frozen[: len(weights)], frozen[len(weights) :]
     _check(x, weights, lora_a, lora_b, gates, biases, dropout_p, dropout_seed)
     flat = x.reshape(-1, features)
     flat_gates = None if gates is None else gates.reshape(-1, *gates.shape[-2:])
-    lists = (list(weights), list(biases), list(lora_a), list(lora_b))
-    if reference_chosen():
-        kept = None
-        if dropout_p and dropout_seed is not None:
-            kept = dropout_mask(dropout_seed, flat.shape[0], features, dropout_p, stream)
-        outputs = reference.grouped_lora(flat, *lists, flat_gates, scaling, kept, survivor_scale(dropout_p))
-    else:
-        outputs, _ = op.grouped_lora_fwd(flat, *lists, flat_gates, dropout_seed, scaling, dropout_p, stream)
+    lists = (weights, biases, list(lora_a), list(lora_b))
+    with autocast.off(x):
+        if reference_chosen():
+            kept = None
+            if dropout_p and dropout_seed is not None:
+                kept = dropout_mask(dropout_seed, flat.shape[0], features, dropout_p, stream)
+            outputs = reference.grouped_lora(flat, *lists, flat_gates, scaling, kept, survivor_scale(dropout_p))
+        else:
+            outputs, _ = op.grouped_lora_fwd(flat, *lists, flat_gates, dropout_seed, scaling, dropout_p, stream)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
@@ -94,8 +99,8 @@ def _check(
             )
         if weight.dtype != x.dtype:
             raise ValueError(f"grouped_lora: x is {x.dtype} but weight {g} is {weight.dtype}")
-        if weight.requires_grad:
-            raise ValueError(f"grouped_lora: weight {g} requires grad; base weights are frozen here")
+        if weight.requires_grad or (biases and biases[g].requires_grad):
+            raise ValueError(f"grouped_lora: weight or bias {g} requires grad; base weights are frozen here")
     if gates is not None:
         leading, heads, experts = gates.shape[:-2], gates.shape[-2], gates.shape[-1]
         if leading != x.shape[:-1] or heads not in (1, groups) or rank % experts:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molora_kernels import autocast
 from molora_kernels.backend import backend_for
 from molora_kernels.grouped_lora import portable
 
@@ -72,7 +73,8 @@ def grouped_lora_bwd(
         from molora_kernels.grouped_lora import backward
 
         return backward.backward(dys, *args, need_dx, need_dlora, need_dgates)
-    return portable.backward(dys, *args, need_dx, need_dlora, need_dgates)
+    with autocast.off(x):  # backward may be called under autocast, though it should not be
+        return portable.backward(dys, *args, need_dx, need_dlora, need_dgates)
 
 
 @grouped_lora_bwd.register_fake

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from molora_kernels import autocast
 from molora_kernels.backend import reference_chosen
 from molora_kernels.mlp_block import op, reference
 
@@ -79,13 +80,14 @@ def mlp_block(
     Raises:
         ValueError: shapes, dtypes or counts that do not fit; a base weight that requires grad; dropout without a seed.
     """
-    projections = (gate, up, down)
+    x, weights = autocast.follow(x, [p.weight for p in (gate, up, down)])
+    projections = [p._replace(weight=w) for p, w in zip((gate, up, down), weights, strict=True)]
     _check(x, projections, routers, top_k, mask, dropout_p, dropout_seed)
-    flat = x.reshape(-1, x.shape[-1])
+    biases = _all_or_none([p.bias for p in projections], [p.weight[:, 0] for p in projections])
     args = (
-        flat,
-        [p.weight for p in projections],
-        _all_or_none([p.bias for p in projections], [p.weight[:, 0] for p in projections]),
+        x.reshape(-1, x.shape[-1]),
+        weights,
+        autocast.follow(x, biases)[1],
         [p.lora_a for p in projections],
         [p.lora_b for p in projections],
         [r.weight for r in routers],
@@ -97,10 +99,11 @@ def mlp_block(
         scaling,
         dropout_p,
     )
-    if reference_chosen():
-        y, sums, counts = reference.mlp_block(*args)
-    else:
-        y, sums, counts, _ = op.mlp_block_fwd(*args)
+    with autocast.off(x):
+        if reference_chosen():
+            y, sums, counts = reference.mlp_block(*args)
+        else:
+            y, sums, counts, _ = op.mlp_block_fwd(*args)
     return MlpOutput(y.view(*x.shape[:-1], y.shape[-1]), sums, counts.detach())
 
 
@@ -136,8 +139,8 @@ def _check(
             )
         if p.weight.dtype != x.dtype:
             raise ValueError(f"mlp_block: x is {x.dtype} but {name}'s weight is {p.weight.dtype}")
-        if p.weight.requires_grad:
-            raise ValueError(f"mlp_block: {name}'s weight requires grad; base weights are frozen here")
+        if p.weight.requires_grad or (p.bias is not None and p.bias.requires_grad):
+            raise ValueError(f"mlp_block: {name}'s weight or bias requires grad; base weights are frozen here")
     if len(routers) not in (0, 1, 3):
         raise ValueError(f"mlp_block: {len(routers)} routers; expected three, one that is shared, or none")
     for i, r in enumerate(routers):

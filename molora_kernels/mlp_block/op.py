@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molora_kernels import autocast
 from molora_kernels.backend import backend_for
 from molora_kernels.mlp_block import portable
 
@@ -99,7 +100,8 @@ def mlp_block_bwd(
         from molora_kernels.mlp_block import backward
 
         return backward.backward(*args, need_dx, need_dlora, need_drouter)
-    return portable.backward(*args, need_dx, need_dlora, need_drouter)
+    with autocast.off(x):  # backward may be called under autocast, though it should not be
+        return portable.backward(*args, need_dx, need_dlora, need_drouter)
 
 
 @mlp_block_bwd.register_fake

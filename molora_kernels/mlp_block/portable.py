@@ -78,7 +78,8 @@ def backward(
     h_gate, h_up, s_in, s_down, *routed = saved
     gates_in, logits_in, gates_down, logits_down = (None if t.numel() == 0 and t.ndim == 1 else t for t in routed)
     dtype = x_TK.dtype
-    need_dlogits = bool(router_weights) and (need_dx or need_drouter)
+    # Experts of gate and up train through down's router too, so frozen routers do not spare their logits' gradient.
+    need_dlogits = bool(router_weights) and (need_dx or need_drouter or need_dlora)
     settings = (dropout_seed, scaling, dropout_p)
 
     silu = F.silu(h_gate)

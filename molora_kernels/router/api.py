@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from molora_kernels import autocast
 from molora_kernels.backend import reference_chosen
 from molora_kernels.router import op, reference
 
@@ -70,8 +71,9 @@ def router(
 
     flat = x.reshape(-1, features)
     flat_mask = None if mask is None else mask.reshape(-1)
-    if reference_chosen():
-        gates, sums, counts = reference.router(flat, weight, bias, selection_bias, flat_mask, top_k)
-    else:
-        gates, _, sums, counts = op.router_fwd(flat, weight, bias, selection_bias, flat_mask, top_k)
+    with autocast.off(x):
+        if reference_chosen():
+            gates, sums, counts = reference.router(flat, weight, bias, selection_bias, flat_mask, top_k)
+        else:
+            gates, _, sums, counts = op.router_fwd(flat, weight, bias, selection_bias, flat_mask, top_k)
     return Routing(gates.view(*x.shape[:-1], heads, experts), sums, counts.detach())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molora_kernels import autocast
 from molora_kernels.backend import backend_for
 from molora_kernels.router import portable
 
@@ -58,7 +59,8 @@ def router_bwd(
         from molora_kernels.router import backward
 
         return backward.backward(*args)
-    return portable.backward(*args)
+    with autocast.off(x):  # backward may be called under autocast, though it should not be
+        return portable.backward(*args)
 
 
 @router_bwd.register_fake

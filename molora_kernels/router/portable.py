@@ -28,9 +28,8 @@ def forward(
     probs = torch.softmax(logits, dim=-1)
     chosen = _choose(logits if selection_bias_HE is None else probs + selection_bias_HE.to(dtype), top_k)
 
-    gates = probs * chosen
-    if top_k > 1:
-        gates /= gates.sum(-1, keepdim=True)
+    # Renormalised, the chosen probabilities are the softmax over the chosen logits, which cannot become 0 / 0.
+    gates = probs * chosen if top_k == 1 else torch.softmax(logits.masked_fill(chosen == 0, float("-inf")), dim=-1)
 
     squared_lse = torch.logsumexp(logits, dim=-1, keepdim=True).square_()
     terms = torch.cat([squared_lse, probs], dim=-1)

@@ -29,8 +29,8 @@ def router(
     scores = logits if selection_bias_HE is None else probs + selection_bias_HE.to(dtype)
     order = torch.sort(scores.detach(), dim=-1, descending=True, stable=True).indices
     chosen = torch.zeros_like(probs).scatter_(-1, order[..., :top_k], 1.0)
-    kept = probs * chosen
-    gates = kept if top_k == 1 else kept / kept.sum(-1, keepdim=True)
+    # Renormalised, the chosen probabilities are the softmax over the chosen logits, which cannot become 0 / 0.
+    gates = probs * chosen if top_k == 1 else torch.softmax(logits.masked_fill(chosen == 0, float("-inf")), dim=-1)
 
     valid = torch.ones_like(probs[:, 0, 0]) if mask_T is None else mask_T.to(dtype)
     squared_lse = torch.logsumexp(logits, dim=-1).square()

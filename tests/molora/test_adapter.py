@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +73,12 @@ def test_another_shape_is_an_error_that_names_the_key(saved, change, named):
         adapter.build(settings(saved[0], **change))
 
 
+def test_a_selection_bias_that_only_one_stage_has_is_an_error_that_names_the_key(saved):
+    config = settings(saved[0]).model_dump() | {"moe": {"load_balance": {"type": "aux_loss_free"}}}
+    with pytest.raises(molora.UserError, match=r"moe\.load_balance\.type"):
+        adapter.build(adapter.check(adapter.Config, config))
+
+
 def test_another_base_of_the_same_shape_is_an_error(saved, tiny_config: LlamaConfig, tmp_path, chat_tokenizer):
     other = tmp_path / "other_base"
     torch.manual_seed(99)
@@ -84,8 +91,9 @@ def test_another_base_of_the_same_shape_is_an_error(saved, tiny_config: LlamaCon
 
 
 def test_precision_of_loading_does_not_make_another_base(saved):
-    model, _ = molora.load(saved[0], device="cpu", precision="bf16")
-    assert logits_of(model).dtype == torch.bfloat16
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        model, _ = molora.load(saved[0], device="cpu", precision=precision)
+        assert logits_of(model).dtype == dtype
 
 
 def test_damaged_files_are_found(saved):
@@ -147,9 +155,19 @@ def test_a_failed_save_leaves_the_older_files_whole(saved, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapter, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
-        molora.save_adapter(model, folder)
-    monkeypatch.undo()
-    again, _ = molora.load(folder, device="cpu", precision="fp32")
-    assert torch.equal(logits_of(again), logits)
+    for owner, name in ((adapter, "save_file"), (Path, "write_text")):  # the first file, and the second
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(OSError, match="No space"):
+                molora.save_adapter(model, folder)
+        assert sorted(path.name for path in folder.iterdir()) == [adapter.WEIGHTS, adapter.MANIFEST]
+        again, _ = molora.load(folder, device="cpu", precision="fp32")
+        assert torch.equal(logits_of(again), logits)
+
+
+def test_a_model_made_in_memory_is_not_saved_to_a_folder_that_could_never_be_loaded(tiny_config, tmp_path):
+    model = LlamaForCausalLM(tiny_config)
+    molora.inject(model, SHAPE)
+    with pytest.raises(ValueError, match="could never be loaded"):
+        molora.save_adapter(model, tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()

@@ -10,7 +10,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import molora
+import molora_kernels
 from molora import routing
+from molora.config import MoE, check
 from molora.layers import LoraLinear, LoraMLP
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -154,6 +156,16 @@ def test_bad_targets_are_refused_and_the_model_is_left_alone(base, config, messa
     assert not any(isinstance(module, LoraLinear) for module in model.modules())
 
 
+def test_one_router_a_block_needs_swiglu_and_a_refusal_freezes_nothing(tiny_config):
+    config = copy.deepcopy(tiny_config)
+    config.hidden_act = "gelu"
+    model = LlamaForCausalLM(config)
+    with pytest.raises(molora.UserError, match="hidden_act"):
+        molora.inject(model, {"injection": {"lora_r": 2}, "moe": {"router_scope": "mlp"}})
+    assert all(p.requires_grad for p in model.parameters())
+    molora.inject(model, {"lora_r": 2})  # a router a projection works with any activation
+
+
 def test_patching_twice_and_unknown_architectures_are_refused(base):
     model = copy.deepcopy(base)
     molora.inject(model, {"lora_r": 2})
@@ -161,6 +173,8 @@ def test_patching_twice_and_unknown_architectures_are_refused(base):
         molora.inject(model, {"lora_r": 2})
     with pytest.raises(molora.UserError, match=r"families\.py"):
         molora.inject(nn.Linear(3, 3), {"lora_r": 2})
+    with pytest.raises(molora.UserError, match="causal LM"):
+        molora.inject(copy.deepcopy(base).model, {"lora_r": 2})
     with pytest.raises(ValueError, match="no molora adapters"):
         molora.remove(copy.deepcopy(base))
 
@@ -177,24 +191,104 @@ def test_generation_with_a_cache_gives_the_tokens_of_full_forwards(base):
 
 @pytest.mark.parametrize("recording", [False, True])
 def test_patched_mlp_compiles_without_a_graph_break(base, recording):
+    """With a record, the router losses are combined after the forward, as in training, and must not be lost."""
     model = copy.deepcopy(base)
     molora.inject(model, {"lora_r": 4, "init_b_std": 0.1})
     mlp = model.model.layers[1].mlp
-    x = torch.randn(2, 5, 64)
-    record = routing.record(model, torch.ones(2, 5))
-    record.gradient = torch.randn_like(record.sums)
-    upstream = torch.randn(2, 5, 64)
+    x, upstream = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
+    moe = check(MoE, {"router_z_loss_coef": 10.0, "load_balance": {"aux_loss_coef": 10.0}})
 
     def gradients(module: nn.Module) -> list[torch.Tensor]:
         mlp.zero_grad()
-        (module(x) * upstream).sum().backward()
+        if recording:
+            record = routing.record(model, torch.ones(2, 5))
+            with routing.using(model, record):
+                y = module(x)
+                routing.combine(model, [record], moe)
+                (y * upstream).sum().backward()
+        else:
+            (module(x) * upstream).sum().backward()
         return [p.grad.clone() for p in mlp.parameters() if p.grad is not None]
 
     compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
-    if recording:
-        with routing.using(model, record):
-            expected, actual = gradients(mlp), gradients(compiled)
-    else:
-        expected, actual = gradients(mlp), gradients(compiled)
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b)
+    for actual, expected in zip(gradients(compiled), gradients(mlp), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("scope", ["projection", "mlp"])
+@pytest.mark.parametrize("trainable", [["router"], ["lora"], ["attn_lora"], ["router", "lora"]], ids="+".join)
+def test_what_a_phase_trains_gets_the_gradient_that_the_reference_gives_it(base, batch, trainable, scope):
+    """Also in the first layer, whose input needs no gradient; and gate and up train through frozen routers."""
+    model = copy.deepcopy(base)
+    molora.inject(model, {"injection": {"lora_r": 4, "init_b_std": 0.1}, "moe": {"router_scope": scope}})
+    groups = molora.parameter_groups(model)
+    for name, members in groups.items():
+        for _, parameter in members:
+            parameter.requires_grad_(name in trainable)
+    chosen = [item for name in trainable for item in groups[name]]
+
+    def gradients(backend) -> list[torch.Tensor]:
+        with molora_kernels.use_backend(backend):
+            loss = model(**batch).logits.square().mean()
+            return list(torch.autograd.grad(loss, [p for _, p in chosen]))
+
+    for (name, _), actual, expected in zip(chosen, gradients("torch"), gradients("reference"), strict=True):
+        assert (actual - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+def test_adapters_take_the_mode_of_the_model(base, batch):
+    model = copy.deepcopy(base).eval()
+    molora.inject(model, {"lora_r": 4, "init_b_std": 0.1, "lora_dropout": 0.5})
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model(**batch).logits, model(**batch).logits)
+    model.train()
+    assert not torch.equal(model(**batch).logits, model(**batch).logits)
+
+
+def test_masters_stay_fp32_when_the_model_is_cast(base):
+    model = copy.deepcopy(base)
+    molora.inject(model, {"lora_r": 4})
+    adapters = [p for group in molora.parameter_groups(model).values() for _, p in group]
+    before = [p.detach().clone() for p in adapters]
+    model.to(torch.bfloat16)
+    assert model.model.layers[0].mlp.gate_proj.base.weight.dtype == torch.bfloat16
+    assert all(torch.equal(p, b) and p.dtype == torch.float32 for p, b in zip(adapters, before, strict=True))
+    model.double()
+    assert all(p.dtype == torch.float64 for p in adapters)
+
+
+def test_save_pretrained_of_a_patched_model_is_refused_and_comes_back(base, tmp_path):
+    model = copy.deepcopy(base)
+    molora.inject(model, {"lora_r": 4})
+    with pytest.raises(molora.UserError, match="save_adapter"):
+        copy.deepcopy(model).save_pretrained(tmp_path / "ruined")
+    assert not (tmp_path / "ruined").exists()
+    molora.remove(model).save_pretrained(tmp_path / "base")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), base.parameters(), strict=True))
+
+
+def test_autocast_runs_the_patched_model_as_it_runs_the_base(base, batch):
+    model = copy.deepcopy(base)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(**batch).logits
+    molora.inject(model, {"lora_r": 4})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(**batch).logits
+        logits.float().square().mean().backward()
+    assert torch.equal(logits, expected)
+    assert all(p.grad is not None for group in molora.parameter_groups(model).values() for _, p in group)
+
+
+def test_outputs_that_wait_are_dropped_when_the_call_is_not_the_one_they_were_computed_for(base):
+    model = copy.deepcopy(base)
+    molora.inject(model, {"lora_r": 4, "init_b_std": 0.1})
+    attention = model.model.layers[0].self_attn
+    x = torch.randn(2, 3, 64)
+    with torch.no_grad():
+        attention.q_proj(x)
+    assert attention.k_proj(x).requires_grad
+    attention.q_proj(x)
+    copy.deepcopy(model)  # outputs of a graph cannot be copied
+    x.mul_(2)
+    torch.testing.assert_close(attention.v_proj(x), attention.v_proj(x.clone()))
