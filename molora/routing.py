@@ -122,7 +122,6 @@ def combine(
             contributions of single micro-batches add up token-weighted; default: the records' own.
     """
     ledger = ledger_of(model)
-    moe = moe or model.molora.moe  # type: ignore[union-attr] # set by inject
     tokens = torch.stack([r.tokens for r in records]).sum().clamp(min=1)
     sums = torch.stack([r.sums for r in records]).sum(0)
     counts = torch.stack([r.counts for r in records]).sum(0)
@@ -136,8 +135,9 @@ def combine(
     z_loss = (sums[:, 0] / tokens).mean()
     load_balance = (balance_of * sums[:, 1:] / tokens).sum(-1).mean()
 
-    z_coef = moe.router_z_loss_coef
-    balance_coef = moe.load_balance.aux_loss_coef if moe.load_balance.type == "aux_loss" else 0.0
+    settings: MoE = model.molora.moe if moe is None else moe  # type: ignore[union-attr] # set by inject
+    z_coef = settings.router_z_loss_coef
+    balance_coef = settings.load_balance.aux_loss_coef if settings.load_balance.type == "aux_loss" else 0.0
     share = tokens if total_tokens is None else total_tokens
     gradient = torch.cat([torch.full_like(sums[:, :1], z_coef), balance_coef * balance_of], dim=1) / (routers * share)
     for r in records:
