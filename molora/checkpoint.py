@@ -44,7 +44,9 @@ _NUMBERED = re.compile(r"checkpoint-(\d+)")
 _ASIDE = re.compile(r"\.(final|checkpoint-(?:best|\d+))\.(tmp|old)")
 
 # Keys that a resumed run may change: they alter where it runs and what it writes, not what it computes.
-_MAY_CHANGE = re.compile(r"device|logging\..*|training\.(num_workers|save_steps|save_total_limit|log_steps)")
+_MAY_CHANGE = re.compile(
+    r"device|logging\..*|training\.(num_workers|save_steps|save_total_limit|log_steps|max_skipped_steps)"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +61,10 @@ class Progress:
     """Rows consumed; the position in the data order."""
     best_loss: float | None = None
     """Lowest validation loss so far."""
+    skipped: int = 0
+    """Steps that changed nothing, because their loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """How many of them were the last ones."""
 
 
 # --- the output folder -------------------------------------------------------------------------------------------

@@ -127,6 +127,8 @@ class Example:
     input_ids: Tensor
     labels: Tensor
     domain: str
+    where: str = ""
+    """``file:line``"""
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_len
                     torch.tensor(encoded.input_ids, dtype=torch.int32),
                     torch.tensor(encoded.labels, dtype=torch.int32),
                     encoded.domain or "",
+                    row.get("where", ""),
                 )
             )
         else:
@@ -199,6 +202,8 @@ class Batch:
     tokens: int
     """Tokens that are not padding."""
     domains: list[str]
+    where: list[str]
+    """``file:line`` of each row."""
 
     @property
     def label_tokens(self) -> int:
@@ -245,6 +250,7 @@ class Collate:
             predictors=followed.flatten().nonzero().flatten(),
             tokens=sum(len(example.input_ids) for example in examples),
             domains=[example.domain for example in examples],
+            where=[example.where for example in examples],
         )
 
 

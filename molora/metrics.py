@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,22 +18,80 @@ from molora.errors import UserError
 
 FILE = "metrics.jsonl"
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
 class Measured:
-    """One optimizer step; the tensors are scalars on the device, without graph."""
+    """One optimizer step; the tensors are on the device, without graph."""
 
-    loss: Tensor
-    """Cross-entropy per label token, in nats, without the router losses."""
+    batch_losses: Tensor
+    """(M,): each micro-batch's share of the cross-entropy per label token, in nats, without the router losses."""
     z_loss: Tensor
+    """()"""
     load_balance: Tensor
+    """()"""
     grad_norm: Tensor
-    """2-norm of the whole gradient before clipping."""
+    """(): 2-norm of the whole gradient before clipping."""
+    tensor_norms: Tensor
+    """(P,): the same of each tensor that was open."""
+    skipped: Tensor
+    """() bool: something was not finite, and nothing was changed."""
     load: Tensor
     """(routers, E): share of the choices that went to each expert; rows sum to 1."""
+    tensors: Sequence[str]
+    """P names."""
+    where: Sequence[Sequence[str]]
+    """``file:line`` of the rows of each micro-batch."""
     lr: float
     tokens: int
     """Tokens that are not padding."""
+
+    @property
+    def loss(self) -> Tensor:
+        """() cross-entropy per label token, in nats."""
+        return self.batch_losses.sum()
+
+
+_COLUMNS = ("loss", "z_loss", "load_balance", "grad_norm", "skipped")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The steps between two readings."""
+
+    last_step: int
+    measured: list[Measured]
+    columns: list[dict[str, float]]
+    """``loss``, ``z_loss``, ``load_balance``, ``grad_norm`` and ``skipped`` (0 or 1) of each step."""
+    seconds: float
+    waited: float
+    """Seconds of them that the loop waited for data."""
+
+    def steps(self) -> Iterator[tuple[int, Measured, float, bool]]:
+        """(step, what was measured, loss, skipped)"""
+        first = self.last_step - len(self.measured) + 1
+        for i, (measured, values) in enumerate(zip(self.measured, self.columns, strict=True)):
+            yield first + i, measured, values["loss"], bool(values["skipped"])
+
+    def updates(self) -> list[tuple[int, float, Measured]]:
+        """(step, loss, what was measured) of the steps that were not skipped."""
+        return [(step, loss, measured) for step, measured, loss, skipped in self.steps() if not skipped]
+
+    def mean_load(self) -> list[list[float]]:
+        """(routers, E), over the steps that were not skipped."""
+        return torch.stack([measured.load for _, _, measured in self.updates()]).mean(0).tolist()
+
+    def values(self) -> dict[str, float]:
+        """What goes to the log: means over the steps that were not skipped (none if all were) and speeds."""
+        updates = [values for values in self.columns if not values["skipped"]]
+        means = {name: math.fsum(v[name] for v in updates) / len(updates) for name in _COLUMNS[:-1] if updates}
+        return means | {
+            "lr": self.measured[-1].lr,
+            "tokens_per_second": sum(m.tokens for m in self.measured) / self.seconds,
+            "seconds_per_step": self.seconds / len(self.measured),
+            "data_wait_share": self.waited / self.seconds,
+        }
 
 
 class Meter:
@@ -40,37 +99,35 @@ class Meter:
 
     def __init__(self) -> None:
         self._steps: list[Measured] = []
+        self._waited = 0.0
         self._started = time.perf_counter()
 
     def add(self, measured: Measured) -> None:
         self._steps.append(measured)
 
+    def timing(self, source: Iterable[Item]) -> Iterator[Item]:
+        """The items of ``source``, with the time that the loop waits for each of them counted."""
+        iterator = iter(source)
+        while True:
+            began = time.perf_counter()
+            item = next(iterator, None)
+            self._waited += time.perf_counter() - began
+            if item is None:
+                return
+            yield item
+
     def restart_clock(self) -> None:
         """Leave the time since the last reading (evaluation, saving) out of the next interval's speed."""
-        self._started = time.perf_counter()
+        self._started, self._waited = time.perf_counter(), 0.0
 
-    def read(self, step: int) -> tuple[dict[str, float], list[list[float]]]:
-        """Means over the interval that ends after step ``step``, and the last step's load (routers, E).
-
-        Raises :class:`UserError` naming the first step whose loss or gradient is not finite.
-        """
+    def read(self, step: int) -> Interval:
+        """The interval that ends after step ``step``; the next begins. Waits for the device."""
         steps, self._steps = self._steps, []
-        names = ("loss", "z_loss", "load_balance", "grad_norm")
-        columns = torch.stack([torch.stack([getattr(m, name).float() for name in names]) for m in steps]).cpu()
-        seconds = time.perf_counter() - self._started
+        table = torch.stack([torch.stack([getattr(m, name).float() for name in _COLUMNS]) for m in steps]).tolist()
+        columns: list[dict[str, float]] = [dict(zip(_COLUMNS, row, strict=True)) for row in table]
+        interval = Interval(step, steps, columns, time.perf_counter() - self._started, self._waited)
         self.restart_clock()
-        for at, values in enumerate(columns.tolist(), start=step - len(steps) + 1):
-            for name, value in zip(names, values, strict=True):
-                if not math.isfinite(value):
-                    raise UserError(
-                        f"{name} is {value} at step {at}: training stopped, no checkpoint holds what came of it; "
-                        "lower training.lr or mend the rows around that step, and train again"
-                    )
-        means: dict[str, float] = dict(zip(names, columns.double().mean(dim=0).tolist(), strict=True))
-        means["lr"] = steps[-1].lr
-        means["tokens_per_second"] = sum(m.tokens for m in steps) / seconds
-        means["seconds_per_step"] = seconds / len(steps)
-        return means, [[round(share, 4) for share in router] for router in steps[-1].load.tolist()]
+        return interval
 
 
 class Log:

@@ -1,9 +1,12 @@
-"""AdamW over the fp32 adapters and the learning-rate schedule."""
+"""AdamW over the fp32 adapters, the learning-rate schedule, and the update that passes over what is not finite."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
@@ -16,16 +19,15 @@ def build(model: nn.Module, training: Training) -> tuple[torch.optim.AdamW, Lamb
 
     One optimizer lasts the whole run: AdamW passes over a parameter without gradient, so one that opens in a later
     phase gets its moments and its own step count then. Weight decay is on matrices only. Step counts of ``training``
-    are optimizer steps.
+    are optimizer steps. The optimizer is the fused one on every device: it alone can pass over a step on the device's
+    own word (:func:`update`).
     """
     parameters = [parameter for members in parameter_groups(model).values() for _, parameter in members]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=training.lr, fused=parameters[0].is_cuda
-    )
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=training.lr, fused=True)
     # transformers' plain "constant" takes warm-up steps and then makes none.
     name = "constant_with_warmup" if training.lr_scheduler == "constant" else training.lr_scheduler
     schedule = get_scheduler(
@@ -36,3 +38,34 @@ def build(model: nn.Module, training: Training) -> tuple[torch.optim.AdamW, Lamb
     )
     assert isinstance(schedule, LambdaLR)
     return optimizer, schedule
+
+
+class Update(NamedTuple):
+    """What an update saw, on the device."""
+
+    grad_norm: Tensor
+    """() fp32, 2-norm of the whole gradient before clipping."""
+    tensor_norms: Tensor
+    """(P,) fp32, the same of each parameter; 0 where a parameter has no gradient."""
+    skipped: Tensor
+    """() bool: the loss or the gradient was not finite, so nothing was changed."""
+
+
+def update(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], loss: Tensor, max_grad_norm: float
+) -> Update:
+    """Clip the gradient of ``parameters`` and step, unless ``loss`` or the gradient is not finite.
+
+    The device decides and the host does not wait for it: a skipped step leaves weights, moments and step counts as
+    they were. ``max_grad_norm = 0`` does not clip. Gradients stay, for whoever looks at them.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    found = iter(torch._foreach_norm(gradients) if gradients else ())
+    tensor_norms = torch.stack([loss.new_zeros(()) if p.grad is None else next(found) for p in parameters])
+    grad_norm = torch.linalg.vector_norm(tensor_norms)
+    skipped = ~(grad_norm.isfinite() & loss.isfinite())
+    if max_grad_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+    optimizer.found_inf = skipped.float()  # type: ignore[attr-defined] # how torch.amp.GradScaler tells AdamW, too
+    optimizer.step()
+    return Update(grad_norm, tensor_norms, skipped)

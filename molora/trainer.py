@@ -13,17 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import molora_kernels
-from molora import adapter, chat, checkpoint, data, metrics, optim, phases, provenance, routing
+from molora import adapter, chat, checkpoint, data, guard, metrics, optim, phases, provenance, routing
 from molora.checkpoint import Progress
 from molora.config import Config
 from molora.data import Batch, Row
+from molora.errors import UserError
 from molora.loss import causal_lm_loss
+from molora.patch import parameter_groups
 
 
 class Trainer:
@@ -52,7 +53,9 @@ class Trainer:
         self.examples = data.encode_rows(self.tokenizer, train_rows, config.data.max_length)
         self.held_out = data.encode_rows(self.tokenizer, val_rows, config.data.max_length) if val_rows else None
         self.optimizer, self.schedule = optim.build(self.model, config.training)
+        self.guard = guard.Guard(self.model, config.training.max_skipped_steps)
         self.phase: int | None = None
+        self.open: list[tuple[str, nn.Parameter]] = []
         self.progress = Progress()
         if start is not None:
             device = self.model.device
@@ -65,7 +68,8 @@ class Trainer:
     def train(self) -> None:
         """Train to ``max_train_steps`` and write ``final``.
 
-        Raises :class:`~molora.errors.UserError` for a loss or gradient that is not finite and for a full disk.
+        Raises :class:`~molora.errors.UserError` when ``max_skipped_steps`` in a row had a loss or gradient that is
+        not finite, and for a full disk.
         """
         training, progress, meter = self.config.training, self.progress, metrics.Meter()
         self.model.train()
@@ -73,16 +77,18 @@ class Trainer:
             metrics.Log(self.output, step=progress.step, tensorboard=self.config.logging.tensorboard) as log,
             tqdm(total=training.max_train_steps, initial=progress.step, unit="step", disable=None) as bar,
         ):
-            for window in self.windows():
+            for window in meter.timing(self.windows()):
                 self.enter_phase()
-                meter.add(self.train_step(window))
+                measured = self.train_step(window)
+                meter.add(measured)
                 bar.update()
 
                 evaluating = self.held_out is not None and self.due(training.val_steps)
                 saving = self.due(training.save_steps)
-                # Reading the numbers before anything is saved keeps what is not finite out of every checkpoint.
-                if evaluating or saving or self.due(training.log_steps):
-                    self._log_step(log, bar, meter)
+                # On the CPU nothing waits, so that a skipped step is reported at once.
+                skipped = not measured.skipped.is_cuda and bool(measured.skipped)
+                if evaluating or saving or skipped or self.due(training.log_steps):
+                    self._log_step(log, bar, meter.read(self.progress.step))
                 if evaluating:
                     log.write(progress.step, val_loss=self.evaluate())
                 if saving:
@@ -94,17 +100,19 @@ class Trainer:
         print(f"finished: {self.output / checkpoint.FINAL}")
 
     def train_step(self, window: list[Batch]) -> metrics.Measured:
-        """Forward, backward and one update over a window; nothing in it waits for the device.
+        """Forward, backward and one update over a window; nothing in it waits for the device. Gradients stay until
+        the next step.
 
         The routers' losses depend on how all tokens of a scope chose, so their gradient is injected in backward
         (:mod:`molora.routing`), and the forwards of a scope come before its backwards.
         """
-        moe, training = self.config.moe, self.config.training
+        moe = self.config.moe
+        self.optimizer.zero_grad(set_to_none=True)
         window = [batch.to(self.model.device) for batch in window]
         tokens = sum(batch.tokens for batch in window)
         label_tokens = sum(batch.label_tokens for batch in window)
         scopes = [window] if moe.load_balance.scope == "step" else [[batch] for batch in window]
-        total = torch.zeros((), device=self.model.device)
+        losses: list[Tensor] = []
         router_losses: list[tuple[float, routing.RouterLosses]] = []
         records: list[routing.Record] = []
         for scope in scopes:
@@ -115,20 +123,22 @@ class Trainer:
             for record, loss in forwards:
                 with routing.using(self.model, record):
                     loss.backward()
-                total += loss.detach()
+                losses.append(loss.detach())
                 records.append(record)
 
         lr = float(self.schedule.get_last_lr()[0])
-        grad_norm = self._update(training.max_grad_norm)
-        routing.step_bias(self.model, records, moe)
+        update = self._update(torch.stack(losses))
+        routing.step_bias(self.model, records, moe, update.skipped)
         self.progress.step += 1
         self.progress.rows += sum(len(batch.domains) for batch in window)
         return metrics.Measured(
-            loss=total,
+            batch_losses=torch.stack(losses),
             z_loss=torch.stack([share * losses.z_loss for share, losses in router_losses]).sum(),
             load_balance=torch.stack([share * losses.load_balance for share, losses in router_losses]).sum(),
             load=torch.stack([share * losses.load for share, losses in router_losses]).sum(dim=0),
-            grad_norm=grad_norm,
+            **update._asdict(),
+            tensors=[name for name, _ in self.open],
+            where=[batch.where for batch in window],
             lr=lr,
             tokens=tokens,
         )
@@ -140,16 +150,11 @@ class Trainer:
             loss, _ = causal_lm_loss(self.model, batch)
         return record, loss / label_tokens
 
-    def _update(self, max_grad_norm: float) -> Tensor:
-        """Clip, step, and return the norm that the gradient had before clipping."""
-        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        grad_norm = get_total_norm([p.grad for p in trained if p.grad is not None])
-        if max_grad_norm > 0:
-            clip_grads_with_norm_(trained, max_grad_norm, grad_norm)
-        self.optimizer.step()
+    def _update(self, losses: Tensor) -> optim.Update:
+        parameters = [parameter for _, parameter in self.open]
+        update = optim.update(self.optimizer, parameters, losses.sum(), self.config.training.max_grad_norm)
         self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm
+        return update
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -195,6 +200,9 @@ class Trainer:
         if phase != self.phase:
             self.phase = phase
             tqdm.write(phases.enter(self.model, self.config.training.phases[phase]))
+            groups = parameter_groups(self.model).values()
+            self.open = [member for members in groups for member in members if member[1].requires_grad]
+            self.guard.enter_phase()
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps, and at the end, is to be done after the step just made."""
@@ -202,24 +210,40 @@ class Trainer:
         return step == self.config.training.max_train_steps or (every > 0 and step % every == 0)
 
     def save(self, name: str, *, resumable: bool = False) -> None:
-        """Write the folder ``name`` of the output, with training state if a run is to go on from it."""
+        """Write the folder ``name`` of the output, with training state if a run is to go on from it.
+
+        Raises :class:`~molora.errors.UserError` rather than writing weights that are not finite.
+        """
+        if broken := guard.not_finite(self.model):
+            raise UserError(
+                f"{broken} is not finite at step {self.progress.step}: {name} is not written, older checkpoints are "
+                "whole; lower training.lr and train again"
+            )
         state = None
         if resumable:
             state = checkpoint.training_state(self.progress, self.optimizer, self.schedule, self.model.device)
         checkpoint.save(self.output / name, self.model, self.tokenizer, self.config, self.provenance, state)
 
-    def _log_step(self, log: metrics.Log, bar: tqdm, meter: metrics.Meter) -> None:
+    def _log_step(self, log: metrics.Log, bar: tqdm, interval: metrics.Interval) -> None:
         step, steps = self.progress.step, self.config.training.max_train_steps
-        values, load = meter.read(step)
+        findings = self.guard.judge(interval, self.progress)
+        values = interval.values()
         routed = {}
         if self.config.logging.metrics_level == "advanced":
+            load = [[round(share, 4) for share in router] for router in interval.measured[-1].load.tolist()]
             routed = {"load": dict(zip(routing.names(self.model), load, strict=True))}
-        log.write(step, rows=self.progress.rows, **values, **routed)
-        bar.set_postfix(loss=f"{values['loss']:.4f}", tokens_s=round(values["tokens_per_second"]))
+        log.write(step, rows=self.progress.rows, skipped=self.progress.skipped, **values, **routed)
+        for at, warning in findings.warnings:
+            log.write(at, warning=warning)
+            tqdm.write(f"warning: step {at}: {warning}")
+        if findings.stop:
+            raise UserError(findings.stop)
+        loss = f"{values['loss']:.4f}" if "loss" in values else "not finite"
+        bar.set_postfix(loss=loss, tokens_s=round(values["tokens_per_second"]))
         if bar.disable:  # no terminal to draw on: lines, so that a log file shows where the run is
             left = timedelta(seconds=round((steps - step) * values["seconds_per_step"]))
             speed = f"{values['tokens_per_second']:.0f} tokens/s"
-            print(f"step {step}/{steps} | loss {values['loss']:.4f} | {speed} | {left} left", flush=True)
+            print(f"step {step}/{steps} | loss {loss} | {speed} | {left} left", flush=True)
 
     def _announce(self, start: Path | None) -> None:
         rows = f"{len(self.examples)} rows"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,18 @@ from molora import metrics
 from molora.errors import UserError
 
 
-def measured(loss: float, grad_norm: float = 1.0) -> metrics.Measured:
+def measured(loss: float, *, skipped: bool = False) -> metrics.Measured:
     one = torch.tensor(1.0)
     return metrics.Measured(
-        loss=torch.tensor(loss),
+        batch_losses=torch.tensor([0.25 * loss, 0.75 * loss]),
         z_loss=one,
         load_balance=one,
-        grad_norm=torch.tensor(grad_norm),
-        load=torch.full((2, 4), 0.25),
+        grad_norm=one,
+        tensor_norms=torch.ones(2),
+        skipped=torch.tensor(skipped),
+        load=torch.full((2, 4), 1.0 if skipped else 0.25),
+        tensors=["a", "b"],
+        where=[["x:1"], ["x:2"]],
         lr=0.5,
         tokens=10,
     )
@@ -45,22 +50,43 @@ def test_the_meter_averages_an_interval_and_starts_afresh() -> None:
     meter = metrics.Meter()
     for loss in (1.0, 3.0):
         meter.add(measured(loss))
-    values, load = meter.read(2)
-    assert values["loss"] == 2.0
-    assert values["lr"] == 0.5
-    assert load == [[0.25] * 4] * 2
+    interval = meter.read(2)
+    assert interval.values()["loss"] == 2.0
+    assert interval.values()["lr"] == 0.5
+    assert interval.mean_load() == [[0.25] * 4] * 2
     meter.add(measured(7.0))
-    assert meter.read(3)[0]["loss"] == 7.0
+    assert meter.read(3).values()["loss"] == 7.0
 
 
-@pytest.mark.parametrize(("name", "bad"), [("loss", math.nan), ("grad_norm", math.inf)])
-def test_what_is_not_finite_stops_the_run_with_its_step(name: str, bad: float) -> None:
+def test_skipped_steps_are_left_out_of_the_means() -> None:
     meter = metrics.Meter()
-    meter.add(measured(1.0))
-    meter.add(measured(bad) if name == "loss" else measured(1.0, grad_norm=bad))
-    meter.add(measured(1.0))
-    with pytest.raises(UserError, match=f"{name} is {bad} at step 9"):
-        meter.read(10)
+    for loss in (1.0, math.nan, 3.0):
+        meter.add(measured(loss, skipped=math.isnan(loss)))
+    interval = meter.read(9)
+    assert interval.values()["loss"] == 2.0
+    assert interval.mean_load() == [[0.25] * 4] * 2
+    assert [(step, skipped) for step, _, _, skipped in interval.steps()] == [(7, False), (8, True), (9, False)]
+    meter.add(measured(math.nan, skipped=True))
+    assert "loss" not in meter.read(10).values()
+
+
+def test_waiting_for_data_is_a_share_of_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+
+    def slow() -> Iterator[int]:
+        for item in range(4):
+            clock[0] += 1.0
+            yield item
+
+    meter = metrics.Meter()
+    shares = []
+    for item in meter.timing(slow()):
+        clock[0] += 3.0
+        meter.add(measured(1.0))
+        if item % 2:
+            shares.append(meter.read(item).values()["data_wait_share"])
+    assert shares == [0.25, 0.25]
 
 
 def test_tensorboard_is_asked_for_by_name_when_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 import molora
-from molora import checkpoint, config, data, metrics
+from molora import checkpoint, config, data, metrics, optim
 from molora.errors import UserError
 from molora.trainer import Trainer
 from tests.conftest import make_rows, write_jsonl
 
 MakeConfig = Callable[..., config.Config]
-TIMES = {"tokens_per_second", "seconds_per_step"}
+TIMES = {"tokens_per_second", "seconds_per_step", "data_wait_share"}
 
 
 @pytest.fixture
@@ -81,10 +81,10 @@ def crash(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, where: str) -> None
     kind, _, step = where.partition(" ")
     dies = int(step)
 
-    def update(*_: object) -> torch.Tensor:
+    def update(losses: torch.Tensor) -> optim.Update:
         if trainer.progress.step == dies:
             raise Killed
-        return alive_update(trainer.config.training.max_grad_norm)
+        return alive_update(losses)
 
     def save(state: dict[str, Any], path: Path) -> None:
         alive_save(state, path)
@@ -160,16 +160,9 @@ def gradients(settings: config.Config, output: Path) -> tuple[metrics.Measured, 
     """What the first step measured, and the gradient it would have applied."""
     trainer = Trainer(settings, output, data.read_rows(settings.data.path or ""))
     trainer.model.train()
-    taken: dict[str, torch.Tensor] = {}
-
-    def update(_: float) -> torch.Tensor:
-        groups = molora.parameter_groups(trainer.model).values()
-        taken.update((name, p.grad) for members in groups for name, p in members if p.grad is not None)
-        return torch.nn.utils.get_total_norm(taken.values())
-
-    trainer._update = update  # type: ignore[method-assign]
     trainer.enter_phase()
-    return trainer.train_step(next(iter(trainer.windows()))), taken
+    measured = trainer.train_step(next(iter(trainer.windows())))
+    return measured, {name: p.grad for name, p in trainer.open if p.grad is not None}
 
 
 ALL_OPEN = (
@@ -178,6 +171,7 @@ ALL_OPEN = (
     "injection.init_b_std=0.05",
     "moe.router_z_loss_coef=0.3",
     "moe.load_balance.aux_loss_coef=0.5",
+    "training.max_grad_norm=0",  # the gradient is compared, so it is not clipped
 )
 
 
@@ -306,13 +300,115 @@ def test_a_full_disk_stops_the_run_and_keeps_older_checkpoints(
     assert checkpoint.newest(output) == output / "checkpoint-2"
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_weights_that_are_not_finite_are_never_saved(make_config: MakeConfig, tmp_path: Path) -> None:
     settings = make_config("training.log_steps=100")
     trainer = Trainer(settings, tmp_path / "run", data.read_rows(settings.data.path or ""))
-    _, router = molora.parameter_groups(trainer.model)["router"][0]
+    name, router = molora.parameter_groups(trainer.model)["router"][0]
     router.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="loss is nan at step 1"):
+    with pytest.raises(UserError, match=f"{name} is not finite at step 2: checkpoint-2 is not written"):
         trainer.train()
     assert list((tmp_path / "run").glob("checkpoint-*")) == []
+
+
+def poison(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Make the loss of the second micro-batch NaN in these steps (counted from 0)."""
+    alive = trainer._forward
+    calls: list[int] = []
+
+    def forward(batch: data.Batch, label_tokens: int) -> Any:
+        record, loss = alive(batch, label_tokens)
+        calls.append(trainer.progress.step)
+        bad = trainer.progress.step in steps and calls.count(trainer.progress.step) == 2
+        return record, loss * float("nan") if bad else loss
+
+    monkeypatch.setattr(trainer, "_forward", forward)
+
+
+def adapter_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    groups = molora.parameter_groups(trainer.model).values()
+    return {name: p.detach().clone() for members in groups for name, p in members}
+
+
+def test_a_step_that_is_not_finite_changes_nothing(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_config(*ALL_OPEN, "moe.load_balance.type=aux_loss_free", "training.weight_decay=0.1")
+    trainer = Trainer(settings, tmp_path / "run", data.read_rows(settings.data.path or ""))
+    poison(trainer, monkeypatch, {1})
+    windows = trainer.windows()
+    trainer.enter_phase()
+    assert not trainer.train_step(next(windows)).skipped
+
+    def state() -> tuple[Any, ...]:
+        moments = [t.clone() for s in trainer.optimizer.state.values() for t in s.values()]
+        biases = [b.clone() for name, b in trainer.model.named_buffers() if "selection_bias" in name]
+        return *adapter_tensors(trainer).values(), *moments, *biases
+
+    before = state()
+    measured = trainer.train_step(next(windows))
+    assert measured.skipped
+    assert [bool(loss.isnan()) for loss in measured.batch_losses] == [False, True]
+    assert all(torch.equal(one, other) for one, other in zip(before, state(), strict=True))
+    assert not trainer.train_step(next(windows)).skipped
+    changed = [torch.equal(one, other) for one, other in zip(before, state(), strict=True)]
+    assert not any(changed)
+
+
+def test_skipped_steps_are_counted_told_and_in_the_end_stop_the_run(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_file: Path
+) -> None:
+    settings = make_config("training.max_skipped_steps=2", "training.save_steps=3", "training.log_steps=100")
+    trainer = Trainer(settings, tmp_path / "run", data.read_rows(settings.data.path or ""))
+    poison(trainer, monkeypatch, {1, 4, 5})
+    window = list(trainer.windows())[1]
+    with pytest.raises(UserError, match=r"2 steps in a row, up to step 6, .* loss is nan; rows"):
+        trainer.train()
+    lines = metrics.read(tmp_path / "run" / metrics.FILE)
+    told = [line for line in lines if "warning" in line]
+    assert [line["step"] for line in told] == [2, 5, 6]
+    assert told[0]["warning"] == f"loss is nan; rows {', '.join(window[1].where)}; the step is skipped (1 so far)"
+    assert all(row.startswith(f"{rows_file}:") for row in window[1].where)
+    assert [line["skipped"] for line in lines if "skipped" in line] == [1, 1, 2, 3]
+    assert checkpoint.newest(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
+    saved = torch.load(tmp_path / "run" / "checkpoint-3" / "training_state.pt", weights_only=True)
+    assert saved["progress"]["skipped"] == 1
+
+
+def test_a_run_with_skipped_steps_resumes_bit_for_bit(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_config("training.max_skipped_steps=3")
+    rows = data.read_rows(settings.data.path or "")
+    whole = Trainer(settings, tmp_path / "whole", rows)
+    poison(whole, monkeypatch, {3, 4})
+    whole.train()
+    killed = Trainer(settings, tmp_path / "killed", rows)
+    poison(killed, monkeypatch, {3, 4})
+    crash(killed, monkeypatch, "update 4")
+    resumed = Trainer(settings, tmp_path / "killed", rows, resume=True)
+    assert (resumed.progress.step, resumed.progress.skipped_in_a_row) == (4, 1)
+    poison(resumed, monkeypatch, {4})
+    resumed.train()
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("coefficient", [0.01, 0.0])
+def test_a_healthy_warm_up_raises_no_alarm_and_one_without_gradient_does(
+    coefficient: float, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """B = 0: in the warm-up routers have the gradient of their losses alone, and A has none at the first step."""
+    settings = make_config(
+        "training.max_train_steps=24",
+        "training.phases.1.step=12",
+        "training.grad_accum_steps=1",
+        "training.val_steps=0",
+        f"moe.router_z_loss_coef={coefficient}",
+        f"moe.load_balance.aux_loss_coef={coefficient}",
+    )
+    run(settings, tmp_path / "run")
+    told = [line for line in metrics.read(tmp_path / "run" / metrics.FILE) if "warning" in line]
+    if coefficient:
+        assert told == []
+    else:
+        assert told[0]["step"] == 10
+        assert "without a gradient in 10 steps: model.layers.0.mlp.gate_proj.router.weight" in told[0]["warning"]
