@@ -62,9 +62,9 @@ class Task:
 
 
 TASKS = {
-    "chain_sum": Task({"min_terms": 2, "max_terms": 5, "min_digits": 1, "max_digits": 3}, chain_sum_steps),
+    "chain_sum": Task({"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 2}, chain_sum_steps),
     "leg_counting": Task(
-        {"min_animals": 2, "max_animals": 5, "min_instances": 1, "max_instances": 15}, leg_counting_steps
+        {"min_animals": 2, "max_animals": 4, "min_instances": 1, "max_instances": 15}, leg_counting_steps
     ),
 }
 

@@ -21,7 +21,7 @@ from molora.errors import UserError
 from molora.prepare import files, general, maths, smollm2
 from molora.prepare.rows import Row, write_jsonl
 
-GENERATOR = 3
+GENERATOR = 5
 """Raised with every change of this code that changes what it writes, so that folders made before are made again."""
 
 MANIFEST = "manifest.json"

@@ -249,7 +249,7 @@ def test_manifest_describes_the_files(tmp_path: Path, without_model: list[Path])
             if name.endswith(".jsonl"):
                 assert described["rows"] == sum(described["counts"].values()) == len(rows.read_jsonl(tmp_path / name))
     assert manifest["maths"]["recipe"]["seed"] == 7
-    assert manifest["maths"]["recipe"]["tasks"]["chain_sum"]["max_terms"] == 5
+    assert manifest["maths"]["recipe"]["tasks"]["chain_sum"]["max_terms"] == 4
 
 
 def test_only_what_differs_is_built_again(
