@@ -71,6 +71,7 @@ def backward(
     h_gate, h_up, s_in, s_down, *routed = saved
     gates_in, logits_in, gates_down, logits_down = (t if t.ndim == 3 else None for t in routed)
     routers, own_router = len(router_weights), len(router_weights) == 3
+    need_drouter = need_drouter and bool(routers)
     # Experts of gate and up train through down's router too, so frozen routers do not spare their logits' gradient.
     need_dlogits = bool(routers) and (need_dx or need_drouter or need_dlora)
     x_TK, dy_TK, mask = rows_contiguous(x_TK), rows_contiguous(dy_TK), flags(mask_T)

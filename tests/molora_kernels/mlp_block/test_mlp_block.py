@@ -1,0 +1,145 @@
+"""The SwiGLU block: its definition differentiates, the torch backend follows it, and it is a good operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from mlp_cases import CASES, DTYPES, MlpCase, MlpInputs, check, mlp_inputs
+from torch import Tensor
+
+from molora_kernels import Projection, Router, mlp_block, use_backend
+from molora_kernels.mlp_block import cost, op, portable
+
+SMALL = MlpCase(T=5, K=4, inner=6, E=2, r=2, H=3, top_k=1, p=0.2, bias=True)
+
+
+def block_of(i: MlpInputs, case: MlpCase, x: Tensor) -> tuple[Tensor, Tensor]:
+    projections = [Projection(*args) for args in zip(i.weights, i.lora_a, i.lora_b, strict=True)]
+    routers = [
+        Router(weight, None, selection) for weight, selection in zip(i.router_weights, i.selection_biases, strict=True)
+    ]
+    out = mlp_block(
+        x, *projections, routers, top_k=case.top_k, scaling=2.0, mask=i.mask, dropout_p=case.p,
+        dropout_seed=i.dropout_seed,
+    )  # fmt: skip
+    return out.y, out.sums
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("H", [0, 1, 3])
+def test_gradients_in_fp64(H: int, backend: Any) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    case = MlpCase(**{**SMALL.__dict__, "H": H, "bias": False, "p": 0.2 if H == 3 else 0.0})
+    i = mlp_inputs(case).double()
+    leaves = [t.requires_grad_() for t in (i.x, *i.lora_a, *i.lora_b, *i.router_weights)]
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(lambda *_: block_of(i, case, i.x)[: 2 if H else 1], leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_torch_backend_follows_the_reference(case: MlpCase, dtype: torch.dtype) -> None:
+    check(mlp_inputs(case, dtype), case, "torch")
+
+
+@pytest.mark.parametrize("H", [0, 1, 3])
+def test_operator(H: int) -> None:
+    case = MlpCase(**{**SMALL.__dict__, "H": H})
+    i = mlp_inputs(case)
+    for t in (i.x, *i.lora_a, *i.lora_b, *i.router_weights, *i.router_biases):
+        t.requires_grad_()
+    arguments = (
+        i.x, i.weights, i.biases, i.lora_a, i.lora_b, i.router_weights, i.router_biases, i.selection_biases, i.mask,
+        i.dropout_seed, 1, 2.0, case.p,
+    )  # fmt: skip
+    torch.library.opcheck(op.mlp_block_fwd, arguments)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    i = mlp_inputs(SMALL)
+    x = i.x.requires_grad_()
+
+    def run(x: Tensor) -> Tensor:
+        y, sums = block_of(i, SMALL, x)
+        return y.square().sum() + sums.square().sum()
+
+    with use_backend("torch"):
+        eager = torch.autograd.grad(run(x), x)[0]
+        compiled = torch.autograd.grad(torch.compile(run, fullgraph=True, backend="aot_eager")(x), x)[0]
+    torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("trained", [("x",), ("lora",), ("routers",), ("x", "routers"), ("lora", "routers")], ids=str)
+def test_only_what_is_trained_is_computed(trained: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    i, everything = mlp_inputs(SMALL), mlp_inputs(SMALL)
+    seen: list[tuple[bool, ...]] = []
+
+    def backward(*args: Any) -> Any:
+        seen.append(args[-3:])
+        return original(*args)
+
+    original = portable.backward
+    monkeypatch.setattr(portable, "backward", backward)
+
+    def grads_of(i: MlpInputs, names: tuple[str, ...]) -> dict[str, tuple[Tensor, ...]]:
+        groups = {"x": [i.x], "lora": [*i.lora_a, *i.lora_b], "routers": i.router_weights}
+        leaves = [[t.requires_grad_() for t in groups[name]] for name in names]
+        y, _ = block_of(i, SMALL, i.x)
+        flat = iter(torch.autograd.grad(y, [t for group in leaves for t in group], i.dy))
+        return {name: tuple(next(flat) for _ in group) for name, group in zip(names, leaves, strict=True)}
+
+    with use_backend("torch"):
+        some, all_of_them = grads_of(i, trained), grads_of(everything, ("x", "lora", "routers"))
+    assert seen[0] == tuple(name in trained for name in ("x", "lora", "routers"))
+    for name in trained:
+        for grad, wanted in zip(some[name], all_of_them[name], strict=True):
+            torch.testing.assert_close(grad, wanted)
+
+
+def test_bad_input_teaches() -> None:
+    i = mlp_inputs(SMALL)
+    gate, up, down = (Projection(*args) for args in zip(i.weights, i.lora_a, i.lora_b, strict=True))
+    routers = [Router(w) for w in i.router_weights]
+
+    def run(message: str, *projections: Projection, routers: list[Router] = routers, **settings: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            mlp_block(i.x, *projections, routers, scaling=1.0, **settings)
+
+    run("down has weight", gate, up, gate)
+    run("weight is torch.float16", gate._replace(weight=gate.weight.half()), up, down)
+    run("requires grad", gate, up, down._replace(weight=down.weight.clone().requires_grad_()))
+    run("2 routers", gate, up, down, routers=routers[:2])
+    run("router 2 is", gate, up, down, routers=[*routers[:2], routers[0]])
+    run("top_k=3", gate, up, down, top_k=3)
+    run("mask is", gate, up, down, mask=torch.ones(4))
+    run("dropout_p=1.0", gate, up, down, dropout_p=1.0)
+    run("needs dropout_seed", gate, up, down, dropout_p=0.5)
+
+
+def test_backward_saves_less_than_autograd_does_for_the_frozen_block() -> None:
+    case = MlpCase(T=64, K=32, inner=80, E=4, r=2, H=3)
+    i = mlp_inputs(case)
+    given = {t.data_ptr() for ts in (i.weights, i.lora_a, i.lora_b, i.router_weights, [i.x]) for t in ts}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() not in given:
+            kept[t.data_ptr()] = t.numel()
+        return t
+
+    i.x.requires_grad_()
+    with use_backend("torch"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        block_of(i, case, i.x)
+    limit = 64 * (2 * 80 + 3 * 8 + 2 * 3 * 4) + 64 + 1  # pre-activations, shrinks, gates and logits; mask and seed
+    assert sum(kept.values()) <= limit
+
+
+def test_cost_adds_up() -> None:
+    forward = cost.forward(8192, 3072, 8192, 128, heads=3, experts=4)
+    assert forward.base_flops == 3 * 2 * 8192 * 3072 * 8192
+    assert forward.adapter_flops == 3 * 2 * 8192 * 128 * (3072 + 8192)
+    backward = cost.backward(8192, 3072, 8192, 128, heads=3, experts=4)
+    assert backward.adapter_flops == 2 * forward.adapter_flops

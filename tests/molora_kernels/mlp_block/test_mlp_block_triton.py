@@ -1,0 +1,123 @@
+"""The SwiGLU block's kernels against the reference in fp64, on the GPU or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlp_cases import CASES, DTYPES, MlpCase, check, mlp_inputs, results
+from torch.nn import functional as F
+
+pytest.importorskip("triton")
+forward = importlib.import_module("molora_kernels.mlp_block.forward")
+backward = importlib.import_module("molora_kernels.mlp_block.backward")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_against_fp64(case: MlpCase, dtype: torch.dtype, device: torch.device) -> None:
+    check(mlp_inputs(case, dtype, device), case, "triton")
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(
+    T=st.integers(0, 70),
+    K=st.integers(1, 40),
+    inner=st.integers(1, 50),
+    E=st.integers(1, 9),
+    r=st.integers(1, 5),
+    H=st.sampled_from([0, 1, 3]),
+    p=st.sampled_from([0.0, 0.4]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+def test_any_shape(T: int, K: int, inner: int, E: int, r: int, H: int, p: float, dtype: torch.dtype) -> None:
+    case = MlpCase(T=T, K=K, inner=inner, E=E, r=r, H=H, top_k=min(2, E), p=p)
+    check(mlp_inputs(case, dtype, "cuda" if torch.cuda.is_available() else "cpu"), case, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_swiglu(dtype: torch.dtype, device: torch.device) -> None:
+    gate, up, dh = (torch.randn(37, 53, device=device).mul_(s).to(dtype) for s in (4.0, 1.0, 1.0))
+    exact = [t.double().requires_grad_() for t in (gate, up)]
+    h = F.silu(exact[0]) * exact[1]
+    dgate, dup = torch.autograd.grad(h, exact, dh.double())
+    once = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)  # 16-bit results are rounded once
+    torch.testing.assert_close(forward.swiglu(gate, up).double(), h.detach(), rtol=once, atol=once)
+    again, *grads = backward.swiglu_backward(gate, up, dh.clone(), need_h=True)
+    assert torch.equal(again, forward.swiglu(gate, up))
+    for actual, wanted in zip(grads, (dgate, dup), strict=True):
+        torch.testing.assert_close(actual.double(), wanted, rtol=once, atol=once)
+    without, *same = backward.swiglu_backward(gate, up, dh.clone(), need_h=False)
+    assert not without.numel() and all(torch.equal(a, b) for a, b in zip(grads, same, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeats_bit_for_bit(dtype: torch.dtype, device: torch.device) -> None:
+    case = replace(CASES[-1], T=150)
+    inputs = mlp_inputs(case, dtype, device)
+    first, again = results(inputs, case, "triton"), results(inputs, case, "triton")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("H", [0, 1, 3])
+@pytest.mark.parametrize("need", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_only_what_is_needed_is_computed(need: tuple[bool, bool, bool], H: int, device: torch.device) -> None:
+    i = mlp_inputs(MlpCase(T=9, K=8, inner=12, E=2, r=2, H=H), device=device)
+    lists = (i.weights, i.biases, i.lora_a, i.lora_b, i.router_weights, i.router_biases, i.selection_biases)
+    *_, saved = forward.forward(i.x, *lists, i.mask, None, 2, 2.0, 0.0)
+    arguments = (
+        i.dy, i.dsums if H else None, i.x, i.weights, i.lora_a, i.lora_b, i.router_weights, saved, i.mask, None,
+        2, 2.0, 0.0,
+    )  # fmt: skip
+    everything, some = backward.backward(*arguments, True, True, True), backward.backward(*arguments, *need)
+    need_dx, need_dlora, need_drouter = need
+    assert torch.equal(some[0], everything[0]) if need_dx else some[0].numel() == 0
+    for needed, all_of_them, parts in zip(
+        (need_dlora, need_dlora, need_drouter, need_drouter), everything[1:], some[1:], strict=True
+    ):
+        assert len(parts) == (len(all_of_them) if needed else 0)
+        assert all(torch.equal(a, b) for a, b in zip(all_of_them, parts, strict=False))
+
+
+REAL = MlpCase(T=8192, K=3072, inner=8192, E=4, r=32, H=3, p=0.08)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("H", [0, 1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_real_shapes_on_the_gpu(dtype: torch.dtype, H: int) -> None:
+    case = replace(REAL, H=H, T=2048)  # the reference in fp64 has to fit too
+    check(mlp_inputs(case, dtype, "cuda"), case, "triton")
+
+
+@pytest.mark.gpu
+def test_a_hundred_runs_are_one_on_the_gpu() -> None:
+    inputs = mlp_inputs(REAL, torch.bfloat16, "cuda")
+    first = results(inputs, REAL, "triton")
+    for _ in range(99):
+        again = results(inputs, REAL, "triton")
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_capture() -> None:
+    case = replace(REAL, T=1024)
+    inputs = mlp_inputs(case, torch.bfloat16, "cuda")
+    eager = results(inputs, case, "triton")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # allocations and compilation happen before the capture
+        results(inputs, case, "triton")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(inputs, case, "triton")
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(eager[name], captured[name]) for name in eager)
