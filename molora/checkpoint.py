@@ -58,7 +58,7 @@ class Progress:
     step: int = 0
     """Optimizer steps done."""
     rows: int = 0
-    """Rows consumed; the position in the data order."""
+    """Rows consumed (with ``data.packing``, packed sequences): the position in the data order."""
     best_loss: float | None = None
     """Lowest validation loss so far."""
     skipped: int = 0

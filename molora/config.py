@@ -201,6 +201,9 @@ class Data(Section):
     """JSONL file or files with rows ``{"prompt", "response"}``, ``{"text"}`` or ``{"messages"}``."""
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Tokens per row; longer rows are truncated at the end and then carry no end-of-sequence token."""
+    packing: bool = False
+    """Put several rows into one sequence of ``max_length``, so that little is padded. Each row attends to itself alone
+    and has the loss that it has alone. ``training.batch_size`` then counts sequences, not rows."""
 
 
 class Logging(Section):
@@ -238,6 +241,11 @@ class Config(Section):
             self.injection.target_keywords
         ):
             present.add("attn_lora")
+        if self.data.packing and self.model.attn_implementation == "flash_attention_2":
+            raise ValueError(
+                "data.packing needs the attention mask that keeps packed rows apart, which "
+                "model.attn_implementation=flash_attention_2 does not take: use sdpa, or packing: false"
+            )
         for i, phase in enumerate(self.training.phases):
             if not present & set(phase.trainable):
                 raise ValueError(

@@ -122,13 +122,16 @@ def hold_out(rows: Sequence[Row], size: int, seed: int) -> tuple[list[Row], list
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised row; int32, because a run may hold a hundred million tokens."""
+    """A tokenised row, or several packed into one (:mod:`molora.packing`); int32, because a run may hold a hundred
+    million tokens."""
 
     input_ids: Tensor
     labels: Tensor
     domain: str
     where: str = ""
     """``file:line``"""
+    lengths: tuple[int, ...] = ()
+    """Tokens of each row that is packed into this one; empty for a single row."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,8 @@ class Batch:
     domains: list[str]
     where: list[str]
     """``file:line`` of each row."""
+    position_ids: Tensor | None = None
+    """(B, T) int64 if rows are packed: each counts from 0, and so does the padding, so that all are kept apart."""
 
     @property
     def label_tokens(self) -> int:
@@ -220,7 +225,8 @@ class Batch:
 
     def _each(self, change: Any) -> Batch:
         names = ("input_ids", "attention_mask", "labels", "predictors")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        positions = None if self.position_ids is None else change(self.position_ids)
+        return replace(self, position_ids=positions, **{name: change(getattr(self, name)) for name in names})
 
 
 class Collate:
@@ -251,7 +257,17 @@ class Collate:
             tokens=sum(len(example.input_ids) for example in examples),
             domains=[example.domain for example in examples],
             where=[example.where for example in examples],
+            position_ids=_positions(examples, shape[1]) if any(example.lengths for example in examples) else None,
         )
+
+
+def _positions(examples: Sequence[Example], length: int) -> Tensor:
+    """(B, length): every packed row counts from 0, and what is left at the end does too."""
+    rows = []
+    for example in examples:
+        lengths = example.lengths or (len(example.input_ids),)
+        rows.append(torch.cat([torch.arange(n) for n in (*lengths, length - sum(lengths))]))
+    return torch.stack(rows)
 
 
 class RunOrder(Sampler[int]):

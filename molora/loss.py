@@ -68,13 +68,15 @@ def frozen_head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *
 def causal_lm_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
     """Sum of next-token losses of a batch on the model's device, and the number N of tokens summed.
 
-    Runs the decoder without its head. The sum is a fp32 scalar with a graph to whatever trains in the decoder.
+    Runs the decoder without its head. The sum is a fp32 scalar with a graph to whatever trains in the decoder. No mask
+    is needed for padding, which lies at the right, where no token looks; packed rows are kept apart by transformers,
+    which makes their mask from position ids that start again.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(f"the output head is {head}; this loss knows linear heads without bias only")
     hidden: Tensor = model.base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
     ).last_hidden_state
     predicting = hidden.flatten(0, 1).index_select(0, batch.predictors)
     targets = batch.labels.flatten().index_select(0, batch.predictors + 1)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import molora_kernels
-from molora import adapter, chat, checkpoint, data, guard, metrics, optim, phases, provenance, routing
+from molora import adapter, chat, checkpoint, data, guard, metrics, optim, packing, phases, provenance, routing
 from molora.checkpoint import Progress
 from molora.config import Config
 from molora.data import Batch, Row
@@ -31,8 +31,8 @@ class Trainer:
     """One run: everything that :meth:`train` needs, opened, checked and, for a resumed run, put back in place.
 
     ``config`` is resolved (:func:`molora.config.resolve`). With ``resume`` the run goes on from the newest good
-    checkpoint in ``output``, if there is one, and ends as if it had never stopped; without, what an earlier run left
-    there is removed. Raises :class:`~molora.errors.UserError` for a model, checkpoint or rows that do not fit.
+    checkpoint in ``output``, if there is one, and ends as if it had never stopped; without, :meth:`train` removes what
+    an earlier run left there. Raises :class:`~molora.errors.UserError` for a model, checkpoint or rows that do not fit.
     """
 
     def __init__(self, config: Config, output: Path, rows: Sequence[Row], *, resume: bool = False) -> None:
@@ -51,6 +51,9 @@ class Trainer:
         self.collate = data.Collate(self.tokenizer)
         train_rows, val_rows = data.hold_out(rows, config.training.val_size, config.seed)
         self.examples = data.encode_rows(self.tokenizer, train_rows, config.data.max_length)
+        self.rows = len(self.examples)
+        if config.data.packing:
+            self.examples = packing.pack(self.examples, config.data.max_length)
         self.held_out = data.encode_rows(self.tokenizer, val_rows, config.data.max_length) if val_rows else None
         self.optimizer, self.schedule = optim.build(self.model, config.training)
         self.guard = guard.Guard(self.model, config.training.max_skipped_steps)
@@ -60,10 +63,7 @@ class Trainer:
         if start is not None:
             device = self.model.device
             self.progress = checkpoint.restore(start, self.model, self.optimizer, self.schedule, device)
-        elif not resume:
-            checkpoint.clear(output)
-        checkpoint.describe(output, config, self.provenance)
-        self._announce(start)
+        self.start, self.resume = start, resume
 
     def train(self) -> None:
         """Train to ``max_train_steps`` and write ``final``.
@@ -72,6 +72,10 @@ class Trainer:
         not finite, and for a full disk.
         """
         training, progress, meter = self.config.training, self.progress, metrics.Meter()
+        if not self.resume:
+            checkpoint.clear(self.output)
+        checkpoint.describe(self.output, self.config, self.provenance)
+        self._announce()
         self.model.train()
         with (
             metrics.Log(self.output, step=progress.step, tensorboard=self.config.logging.tensorboard) as log,
@@ -130,7 +134,7 @@ class Trainer:
         update = self._update(torch.stack(losses))
         routing.step_bias(self.model, records, moe, update.skipped)
         self.progress.step += 1
-        self.progress.rows += sum(len(batch.domains) for batch in window)
+        self.progress.rows += sum(len(batch.input_ids) for batch in window)
         return metrics.Measured(
             batch_losses=torch.stack(losses),
             z_loss=torch.stack([share * losses.z_loss for share, losses in router_losses]).sum(),
@@ -175,14 +179,14 @@ class Trainer:
             self.save(checkpoint.BEST)
         return mean
 
-    def windows(self) -> Iterator[list[Batch]]:
-        """The micro-batches of each optimizer step that is left, in the run's order."""
+    def windows(self, steps: int | None = None) -> Iterator[list[Batch]]:
+        """The micro-batches of each optimizer step that is left, or of the first ``steps``, in the run's order."""
         training = self.config.training
         order = data.RunOrder(
             len(self.examples),
             self.config.seed,
             start=self.progress.rows,
-            stop=training.max_train_steps * training.grad_accum_steps * training.batch_size,
+            stop=(steps or training.max_train_steps) * training.grad_accum_steps * training.batch_size,
         )
         loader = data.batches(
             self.examples,
@@ -245,15 +249,19 @@ class Trainer:
             speed = f"{values['tokens_per_second']:.0f} tokens/s"
             print(f"step {step}/{steps} | loss {loss} | {speed} | {left} left", flush=True)
 
-    def _announce(self, start: Path | None) -> None:
-        rows = f"{len(self.examples)} rows"
+    def _announce(self) -> None:
+        rows = f"{self.rows} rows"
         for count, what in (
             (self.examples.truncated, "truncated"),
             (self.examples.dropped, "dropped: nothing to train"),
         ):
             rows += f", {count} {what}" if count else ""
+        if self.config.data.packing:
+            tokens = sum(len(example.input_ids) for example in self.examples.rows)
+            full = tokens / (len(self.examples) * self.config.data.max_length)
+            rows += f" | packed into {len(self.examples)} sequences, {full:.0%} full"
         held_out = f" | {len(self.held_out)} held out" if self.held_out else ""
-        goes_on = f" | goes on from {start.name}" if start else ""
+        goes_on = f" | goes on from {self.start.name}" if self.start else ""
         print(f"{self.output} | {rows}{held_out}{goes_on}", flush=True)
 
 

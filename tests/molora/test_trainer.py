@@ -100,11 +100,12 @@ def crash(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, where: str) -> None
         trainer.train()
 
 
-@pytest.mark.parametrize("where", ["update 1", "update 3", "update 6", "save 2", "save 6"])
+@pytest.mark.parametrize("where", ["update 1", "update 3", "update 6", "save 2", "save 6", "update 5, packed"])
 def test_a_killed_run_resumes_bit_for_bit(
     where: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = make_config()
+    where, packed, _ = where.partition(", packed")
+    settings = make_config("data.packing=true", "data.max_length=96") if packed else make_config()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(settings, whole)
     crash(Trainer(settings, killed, data.read_rows(settings.data.path or "")), monkeypatch, where)
