@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from molora.config import Config, Injection, Model, MoE, check
 from molora.errors import UserError
@@ -108,40 +110,55 @@ def load_base(name: str, config: Model, device: torch.device) -> tuple[PreTraine
     Raises:
         UserError: nothing by that name, or a precision that is not to be had here.
     """
-    precision = config.load_precision.mode
-    if precision in ("int8", "int4"):
-        raise UserError(f"model.load_precision.mode: {precision} bases are not supported yet; use auto, bf16 or fp32")
-    local = Path(name).is_dir()
-    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1 or not name):
-        raise UserError(f"model_name: no folder {name!r} here")
-    kwargs: dict[str, Any] = (
-        {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
-    )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, local_files_only=local, trust_remote_code=config.trust_remote_code
-        )
+    attention = config.attn_implementation
+    kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    with _opening(name, config) as source:
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
         model = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=_dtype(precision, device),
-            local_files_only=local,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-            **kwargs,
+            name, dtype=pick_dtype(config.load_precision.mode, device), use_safetensors=True, **source, **kwargs
         )
-    except (OSError, ValueError, SafetensorError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"model_name: {name!r} cannot be loaded as a causal language model ({reason}); give a folder with "
-            "config.json, safetensors weights and tokenizer, or the name of a model on the Hugging Face hub"
-        ) from error
     model.config.use_cache = True
     model.molora_base = name  # type: ignore[assignment] # the name that save_adapter writes down
     model.to(device)  # type: ignore[arg-type] # transformers narrows the signature of Module.to
     return model, tokenizer
 
 
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
+def describe_base(config: Config) -> tuple[PreTrainedConfig, Any]:
+    """Shape and tokenizer of the base that :func:`build` would load, without its weights. Raises as :func:`build`."""
+    if config.model_name is None:
+        raise UserError("model_name is missing: --set model_name=FOLDER (a model, or the final/ folder of a stage)")
+    folder, name = Path(config.model_name), config.model_name
+    if is_adapter(folder):
+        manifest = read_manifest(folder)
+        _check_same_shape(folder, manifest, config)
+        name = _locate_base(folder, manifest)
+    with _opening(name, config.model) as source:
+        base = AutoConfig.from_pretrained(name, **source)
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    return base, (_tokenizer(folder) if is_adapter(folder) else None) or tokenizer
+
+
+@contextmanager
+def _opening(name: str, config: Model) -> Iterator[dict[str, Any]]:
+    """What transformers is told about where a base comes from; its errors become one that the user can mend."""
+    precision = config.load_precision.mode
+    if precision in ("int8", "int4"):
+        raise UserError(f"model.load_precision.mode: {precision} bases are not supported yet; use auto, bf16 or fp32")
+    local = Path(name).is_dir()
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1 or not name):
+        raise UserError(f"model_name: no folder {name!r} here")
+    try:
+        yield {"local_files_only": local, "trust_remote_code": config.trust_remote_code}
+    except (OSError, ValueError, SafetensorError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model_name: {name!r} cannot be loaded as a causal language model ({reason}); give a folder with "
+            "config.json, safetensors weights and tokenizer, or the name of a model on the Hugging Face hub"
+        ) from error
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """``model.load_precision.mode`` as a dtype; ``auto`` is bf16 where the device is fast in it, else fp32."""
     if precision == "auto":
         fast_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_fast_bf16()
         return torch.bfloat16 if fast_bf16 else torch.float32

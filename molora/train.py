@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from molora import checkpoint, cli
+from molora import checkpoint, cli, preflight
 from molora.adapter import is_adapter, pick_device, read_manifest
 from molora.config import Config, load, resolve, to_yaml
 from molora.data import Row, hold_out, read_rows
@@ -32,6 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.resume and checkpoint.finished(output):
         print(f"{output}: finished already, nothing to resume")
+        return
+    if options.memory_gb and not options.preflight:
+        raise UserError("--memory-gb says what --preflight plans for; give both")
+    if options.preflight:
+        preflight.report(config, output, check_inputs(config, output, resume=True), options.memory_gb)
         return
     rows = check_inputs(config, output, resume=options.resume, overwrite=options.overwrite)
     if options.validate_only:
@@ -67,6 +72,13 @@ def check_inputs(config: Config, output: Path, *, resume: bool = False, overwrit
     return rows
 
 
+def positive(text: str) -> float:
+    """An option's value as a number above 0; argparse explains a ValueError."""
+    if not (value := float(text)) > 0:
+        raise ValueError
+    return value
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options of the command line; argparse explains wrong ones and exits with code 2."""
     parser = argparse.ArgumentParser(prog="python -m molora.train", description="Train one stage from a preset.")
@@ -84,6 +96,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     earlier.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     earlier.add_argument("--overwrite", action="store_true", help="discard an earlier run in the output folder")
     parser.add_argument("--validate-only", action="store_true", help="check configuration and inputs, then stop")
+    parser.add_argument(
+        "--preflight", action="store_true", help="show memory, steps and time that the stage needs, then stop"
+    )
+    parser.add_argument(
+        "--memory-gb", type=positive, metavar="N", help="with --preflight: plan for a GPU with N GB, wherever you are"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration, then stop")
     return parser.parse_args(arguments)
 
