@@ -65,6 +65,24 @@ def template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return ("{{ bos_token }}" if _automatic_bos(tokenizer) else "") + PLAIN_TEMPLATE
 
 
+def settle_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Leave the tokenizer with the one template that it is used with, so that it is saved with what was trained.
+
+    Of several named ones that is ``default``; the others would be saved as files named as they please. Raises
+    :class:`UserError` where there is none of that name.
+    """
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        if "default" not in templates:
+            raise UserError(
+                f"the tokenizer has chat templates {sorted(templates)} and none named 'default'; "
+                "leave one in its chat_template"
+            )
+        tokenizer.chat_template = templates["default"]
+    else:
+        tokenizer.chat_template = template(tokenizer) or templates
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation up to where the assistant's next answer begins."""
     return _tokenize(tokenizer, _render(tokenizer, messages, generation_prompt=True))

@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import random
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,15 @@ def claim(output: Path, *, resume: bool, overwrite: bool) -> None:
 def clear(output: Path) -> None:
     """Remove what a run writes from ``output``; other files stay."""
     for path in list(_of_a_run(output)):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A link goes, what it points to stays: nothing outside the output folder is ever removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def describe(output: Path, config: Config, provenance: dict[str, Any]) -> None:
@@ -153,14 +159,14 @@ def prune(output: Path, limit: int | None) -> None:
     """Remove the oldest ``checkpoint-<step>`` folders beyond ``limit``; None keeps all."""
     if limit is not None:
         for folder in _numbered(output)[limit:]:
-            shutil.rmtree(folder)
+            _remove(folder)
 
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     aside, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
         aside.mkdir(parents=True)
         yield aside
         _write_sums(aside)
@@ -170,7 +176,8 @@ def _whole(folder: Path) -> Iterator[Path]:
             folder.rename(replaced)
         aside.rename(folder)
         _flush(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with suppress(OSError):
+            _remove(replaced)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors wrap a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
@@ -225,9 +232,16 @@ def check_same_run(folder: Path, config: Config, provenance: dict[str, Any]) -> 
 def restore(
     folder: Path, model: PreTrainedModel, optimizer: Optimizer, schedule: LambdaLR, device: torch.device
 ) -> Progress:
-    """Put weights, optimizer, schedule and random state back to where :func:`save` found them."""
+    """Put weights, optimizer, schedule and random state back to where :func:`save` found them.
+
+    Raises :class:`UserError` for a state that molora did not write; code that such a file may hold is not run.
+    """
     adapter.load_weights(model, folder)
-    state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{folder / _STATE}: not a state that molora wrote ({reason}); remove {folder.name}") from error
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     _set_random_state(state["random"], device)
@@ -249,7 +263,7 @@ def _tidy(output: Path) -> None:
             if match[2] == "old" and not folder.exists():
                 path.rename(folder)
             else:
-                shutil.rmtree(path)
+                _remove(path)
 
 
 def _damaged(folder: Path) -> str | None:

@@ -243,7 +243,7 @@ def report(config: Config, output: Path, rows: Sequence[Row], memory_gb: float |
     base, tokenizer = adapter.describe_base(config)
     precision = config.model.load_precision.mode
     dtype = adapter.pick_dtype("bf16" if memory_gb and precision == "auto" else precision, device)
-    tokenizer.chat_template = chat.template(tokenizer) or tokenizer.chat_template
+    chat.settle_template(tokenizer)
     train_rows, _ = data.hold_out(rows, config.training.val_size, config.seed)
     examples = data.encode_rows(tokenizer, train_rows, config.data.max_length)
     count = len(examples)

@@ -26,7 +26,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.metrics_level:
         overrides.append(f"logging.metrics_level={options.metrics_level}")
     config = resolve(load(options.preset, overrides))
-    output = Path(options.output_dir or Path("outputs") / Path(options.preset).stem)
+    name = Path(options.preset).stem
+    if not options.output_dir and not name.strip("."):
+        raise UserError(f"{options.preset}: gives no name for a folder in outputs/; give --output-dir")
+    output = Path(options.output_dir or Path("outputs") / name)
     if options.print_config:
         print(to_yaml(config), end="")
         return

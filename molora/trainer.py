@@ -47,7 +47,7 @@ class Trainer:
         self.model, self.tokenizer = adapter.build(config)
         checkpoint_activations(self.model, config.model.gradient_checkpointing)
         # Saved with the adapter, so that every program that loads it speaks the format that was trained.
-        self.tokenizer.chat_template = chat.template(self.tokenizer) or self.tokenizer.chat_template
+        chat.settle_template(self.tokenizer)
         self.collate = data.Collate(self.tokenizer)
         train_rows, val_rows = data.hold_out(rows, config.training.val_size, config.seed)
         self.examples = data.encode_rows(self.tokenizer, train_rows, config.data.max_length)
