@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from molora import config
@@ -97,7 +97,6 @@ def test_micro_steps_become_optimizer_steps_once() -> None:
     assert training.in_optimizer_steps() is training
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=4),
@@ -116,5 +115,48 @@ def test_whatever_the_tree_it_is_checked_or_explained(tree: object) -> None:
     overrides = [f"{key}={yaml.safe_dump(value)}" for key, value in tree.items()] if isinstance(tree, dict) else []
     try:
         config.resolve(config.load(None, overrides))
+    except UserError as error:
+        assert str(error)
+
+
+def key_paths(tree: dict[str, object], before: str = "") -> list[str]:
+    """Every key of a configuration, sections too, as ``--set`` names them."""
+    paths: list[str] = []
+    for key, value in tree.items():
+        paths.append(before + key)
+        if isinstance(value, dict):
+            paths += key_paths(value, f"{before}{key}.")
+    return paths
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(key_paths(config.Config().model_dump())),
+        st.one_of(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+            st.lists(st.integers(-3, 5) | st.sampled_from(["router", "lora", "q_proj"]), max_size=3),
+            st.sampled_from(["aux_loss_free", "mlp", "micro", "bf16", "dense_lora", "1e-5", ".nan", "[", "{a: 1}"]),
+        ),
+        max_size=4,
+    )
+)
+def test_whatever_the_keys_hold_is_checked_or_explained(values: dict[str, object]) -> None:
+    overrides = [f"{key}={value if isinstance(value, str) else yaml.safe_dump(value)}" for key, value in values.items()]
+    try:
+        loaded = config.resolve(config.load(None, overrides))
+    except UserError as error:
+        assert str(error)
+    else:
+        assert config.check(config.Config, yaml.safe_load(config.to_yaml(loaded))) == loaded
+
+
+@given(st.text(max_size=80) | st.text(alphabet=" \n:-[]{}'\"#&*!|>%@`\tabc01.", max_size=60))
+def test_whatever_the_file_holds_it_is_a_configuration_or_explained(
+    tmp_path_factory: pytest.TempPathFactory, content: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.yml"
+    path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    try:
+        config.load(path)
     except UserError as error:
         assert str(error)
