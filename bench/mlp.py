@@ -212,7 +212,7 @@ def peft(rank: int) -> Callable[[Problem, Shape], Variant]:
     """One plain LoRA of PEFT: no router, no experts, the price that people pay today."""
 
     def build(p: Problem, shape: Shape) -> Variant:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig, inject_adapter_in_model  # pyright: ignore[reportMissingImports] # a peer, optional
 
         config = LoraConfig(
             r=rank,
