@@ -207,7 +207,7 @@ def backward_tiles(columns: int, dtype: torch.dtype, capability: Capability) -> 
     """For :func:`router_bwd_kernel` and this many logits per token. Bound by reading x and writing dx."""
     c_pad = max(next_power_of_2(columns), 16)
     if dtype == torch.float32:
-        return Tiles(block_t=16, block_k=32 if c_pad <= 64 else 16, num_warps=4, num_stages=2)
+        return Tiles(block_t=16, block_k=32 if c_pad <= 32 else 16, num_warps=4, num_stages=2)
     if c_pad > 128:
         return Tiles(block_t=16, block_k=32, num_warps=8, num_stages=2)
     return Tiles(block_t=32, block_k={16: 128, 32: 64}.get(c_pad, 32), num_warps=4, num_stages=2)
