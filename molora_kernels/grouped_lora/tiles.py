@@ -76,7 +76,9 @@ def input_tiles(P: int, dtype: torch.dtype, capability: Capability) -> Tiles:
     block_p = min(max(next_power_of_2(P), MIN_DOT), 64)
     if dtype == torch.float32:
         return Tiles(block_t=32, block_k=64, block_n=min(block_p, 32), num_warps=4, num_stages=2)
-    return Tiles(128, 128 if _reads_shared_memory(capability) else 64, block_p, num_warps=8, num_stages=2)
+    if _reads_shared_memory(capability):
+        return Tiles(block_t=128, block_k=128, block_n=block_p, num_warps=8, num_stages=2)
+    return Tiles(block_t=128, block_k=64, block_n=min(block_p, 32), num_warps=8, num_stages=3)
 
 
 def weight_splits(T: int, P: int, K: int, tiles: Tiles) -> int:
