@@ -168,7 +168,7 @@ def forward_tiles(heads: int, experts: int, dtype: torch.dtype, capability: Capa
     stages = 2 if capability is None else 3
     if dtype == torch.float32:
         # products on the fp32 units, operands in registers
-        return Tiles(block_t=16, block_k=32 if columns <= 64 else 16, num_warps=4, num_stages=2)
+        return Tiles(block_t=16, block_k=32 if columns <= 32 else 16, num_warps=4, num_stages=2)
     if columns <= 16:
         return Tiles(block_t=32, block_k=64, num_warps=4, num_stages=stages + 1)
     # Every program reads all of W from L2: the wider W, the more rows share a reading.
