@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from molora.config import Config, Injection, Model, MoE, check
 from molora.errors import UserError
+from molora.files import file_sha256
 from molora.layers import LoraLinear, Router
 from molora.patch import State, inject
 
@@ -312,15 +313,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest["format"] != FORMAT:
         raise UserError(f"{path}: written in format {manifest['format']}; this version of molora reads {FORMAT}")
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_same_shape(folder: Path, manifest: dict[str, Any], config: Config) -> None:

@@ -31,9 +31,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molora import adapter, metrics
-from molora.adapter import file_sha256
 from molora.config import Config, load, to_yaml
 from molora.errors import UserError
+from molora.files import file_sha256
 
 FINAL = "final"
 BEST = "checkpoint-best"

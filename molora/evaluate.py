@@ -35,9 +35,9 @@ from molora.config import Config
 from molora.config import Data as DataConfig
 from molora.data import Batch, Collate, Example, Row, read_rows
 from molora.errors import UserError
+from molora.files import write_text
 from molora.generate import Answer, decode, generate_tokens, prefix_cache
 from molora.loss import CHUNK_ELEMENTS
-from molora.prepare.files import write_text
 
 ALL = "all"
 """The group of all rows, where a bench has several domains."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from molora.adapter import file_sha256
 from molora.config import Config
+from molora.files import file_sha256
 
 _PACKAGES = ("molora", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 

@@ -30,12 +30,12 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from molora import checkpoint, cli, metrics, provenance, report, routing, train
-from molora.adapter import file_sha256, load
+from molora.adapter import load
 from molora.config import Config, Data
 from molora.data import read_rows
 from molora.errors import UserError
 from molora.evaluate import BenchResult, evaluate, routing_counts
-from molora.prepare.files import write_text
+from molora.files import file_sha256, write_text
 
 PRESETS = Path(__file__).parent.parent / "configs" / "presets" / "quickstart"
 STAGES = {"stage1": ("stage1_general.yml", ("general",)), "stage2": ("stage2_maths.yml", ("maths", "general"))}

@@ -21,7 +21,7 @@ from torch import Tensor
 from molora.answers import wilson_interval
 from molora.errors import UserError
 from molora.evaluate import BenchResult, loss_cell, match_cell, speed_cell
-from molora.prepare.files import replacing
+from molora.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from molora.prepare import files
+from molora.prepare import packages
 from molora.prepare.rows import Row, check_disjoint, question_key
 
 REQUIREMENT = "chatterbot-corpus==1.3.3"
@@ -84,7 +84,7 @@ def _by_question(domain: str) -> dict[str, list[Row]]:
 
 def _pairs(domain: str) -> Iterator[tuple[str, str, str]]:
     """(file, prompt, response) of a language, cleaned; what is broken or in another language is left out."""
-    folder = files.package_folder("chatterbot_corpus", REQUIREMENT) / "data" / LANGUAGES[domain]
+    folder = packages.package_folder("chatterbot_corpus", REQUIREMENT) / "data" / LANGUAGES[domain]
     for path in sorted(folder.glob("*.yml")):
         if path.stem in LEFT_OUT:
             continue

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from molora.prepare import files
+from molora.prepare import packages
 from molora.prepare.rows import Row, check_disjoint, question_key
 
 REQUIREMENT = "reasoning-gym==0.1.25"
@@ -110,7 +110,7 @@ def _draw(task: str, stream: int, count: int, taken: set[str]) -> list[Row]:
 
 def stream_rows(task: str, stream: int) -> Iterator[Row]:
     """The rows of one task from one stream of seeds, as they come: far more than anyone needs."""
-    files.package_folder("reasoning_gym", REQUIREMENT)
+    packages.package_folder("reasoning_gym", REQUIREMENT)
     import reasoning_gym
 
     dataset = reasoning_gym.create_dataset(task, seed=stream * SEED_SPACING, size=SEED_SPACING, **TASKS[task].config)

@@ -17,8 +17,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from molora import files
 from molora.errors import UserError
-from molora.prepare import files, general, maths, smollm2
+from molora.prepare import general, maths, smollm2
 from molora.prepare.rows import Row, write_jsonl
 
 GENERATOR = 5
@@ -87,7 +88,7 @@ def _build_model(out: Path) -> dict[str, Any]:
     smollm2.export(out / "model")
     written_with = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "gguf")}
     paths = sorted((out / "model").iterdir())
-    return {f"model/{path.name}": {"sha256": files.sha256(path), "written_with": written_with} for path in paths}
+    return {f"model/{path.name}": {"sha256": files.file_sha256(path), "written_with": written_with} for path in paths}
 
 
 def _build_data(out: Path, name: str, build: Callable[[int], tuple[list[Row], list[Row]]], seed: int) -> dict[str, Any]:
@@ -96,7 +97,11 @@ def _build_data(out: Path, name: str, build: Callable[[int], tuple[list[Row], li
         path = out / f"{name}.{split}.jsonl"
         write_jsonl(path, rows)
         counts = Counter(row.get("task", row["domain"]) for row in rows)
-        described[path.name] = {"sha256": files.sha256(path), "rows": len(rows), "counts": dict(sorted(counts.items()))}
+        described[path.name] = {
+            "sha256": files.file_sha256(path),
+            "rows": len(rows),
+            "counts": dict(sorted(counts.items())),
+        }
     return described
 
 
@@ -116,7 +121,7 @@ def _why_build(out: Path, name: str, recipe: dict[str, Any], entry: dict[str, An
     for file, described in entry["files"].items():
         if not (out / file).is_file():
             return f"{file} is missing"
-        if files.sha256(out / file) != described["sha256"]:
+        if files.file_sha256(out / file) != described["sha256"]:
             return f"{file} was changed since"
     return None
 

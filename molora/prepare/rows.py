@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from molora import files
 from molora.errors import UserError
-from molora.prepare import files
 
 Row = dict[str, Any]
 

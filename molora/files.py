@@ -1,10 +1,8 @@
-"""Files that are either whole or absent, and the packages that they come from."""
+"""Files that are either whole or absent, and what their bytes hash to."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +11,7 @@ from pathlib import Path
 from molora.errors import UserError
 
 
-def sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -45,20 +43,3 @@ def replacing(target: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8", newline="\n")
-
-
-def package_folder(module: str, requirement: str, *pip_options: str) -> Path:
-    """Where the installed package that provides ``module`` lies, without importing it.
-
-    ``requirement`` is ``name==version``, exactly: what is prepared must be the same bytes everywhere. Raises
-    :class:`UserError` with the command that installs it, if it is missing or has another version.
-    """
-    name, _, wanted = requirement.partition("==")
-    command = " ".join(["pip install", *pip_options, requirement])
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the package {name} is not installed; install it with: {command}")
-    found = importlib.metadata.version(name)
-    if found != wanted:
-        raise UserError(f"the package {name} has version {found}, {wanted} is needed; install it with: {command}")
-    return Path(spec.submodule_search_locations[0])
