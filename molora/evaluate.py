@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -30,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molora import chat, cli, provenance, routing
 from molora.adapter import is_adapter, load, read_manifest
-from molora.answers import check_gold, is_correct, wilson_interval
+from molora.answers import check_gold, is_correct
 from molora.config import Config
 from molora.config import Data as DataConfig
 from molora.data import Batch, Collate, Example, Row, read_rows
@@ -38,102 +34,7 @@ from molora.errors import UserError
 from molora.files import write_text
 from molora.generate import Answer, decode, generate_tokens, prefix_cache
 from molora.loss import CHUNK_ELEMENTS
-
-ALL = "all"
-"""The group of all rows, where a bench has several domains."""
-
-
-# --- results -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Score:
-    """One row of a bench as one model did it. Kept, so that models can be compared row by row."""
-
-    groups: tuple[str, ...]
-    loss: float = 0.0
-    """Sum over ``tokens`` of the next-token loss, in nats."""
-    tokens: int = 0
-    """Tokens of the answer that have a loss; 0 for a row whose loss was not measured."""
-    prediction: str | None = None
-    """What the model answered; None for a row without ``answer``."""
-    correct: bool | None = None
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """One model on one bench. Loss and exact match are asked for by group, see :func:`groups_of`."""
-
-    rows: tuple[Score, ...]
-    loss_tokens_per_second: float | None
-    """Tokens read for the loss, those of the prompts too, per second of wall time; None if no row had a loss."""
-    generated_tokens_per_second: float | None
-    """Tokens written per second of wall time, which includes reading the prompts; None if nothing was generated."""
-
-    def groups(self) -> list[str]:
-        """The groups in order of appearance, those of which another one has the same rows left out."""
-        members: dict[str, list[int]] = {}
-        for i, row in enumerate(self.rows):
-            for group in row.groups:
-                members.setdefault(group, []).append(i)
-        finest = {tuple(rows): group for group, rows in members.items()}  # a later, finer name wins
-        return [group for group, rows in members.items() if finest[tuple(rows)] == group]
-
-    def loss(self, group: str = ALL) -> float | None:
-        """Mean loss per answer token, in nats; None for a group that has none."""
-        rows = self._of(group)
-        tokens = sum(row.tokens for row in rows)
-        return sum(row.loss for row in rows) / tokens if tokens else None
-
-    def exact_match(self, group: str = ALL) -> tuple[int, int] | None:
-        """(correct, asked); None for a group without answers."""
-        asked = [row.correct for row in self._of(group) if row.correct is not None]
-        return (sum(asked), len(asked)) if asked else None
-
-    def summary(self) -> dict[str, Any]:
-        """Everything but the single rows, as plain data for JSON."""
-        groups = {}
-        for group in self.groups():
-            loss, match = self.loss(group), self.exact_match(group)
-            entry: dict[str, Any] = {"rows": len(self._of(group))}
-            if loss is not None:
-                entry |= {"tokens": sum(row.tokens for row in self._of(group)), "loss": loss}
-                entry |= {"perplexity": perplexity(loss)}
-            if match is not None:
-                entry |= {"correct": match[0], "asked": match[1], "exact_match": match[0] / match[1]}
-                entry |= {"exact_match_interval_95": list(wilson_interval(*match))}
-            groups[group] = entry
-        return {
-            "groups": groups,
-            "loss_tokens_per_second": self.loss_tokens_per_second,
-            "generated_tokens_per_second": self.generated_tokens_per_second,
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        """The summary and the rows; :meth:`from_json` reads them back."""
-        return self.summary() | {"rows": [asdict(row) for row in self.rows]}
-
-    @staticmethod
-    def from_json(tree: Mapping[str, Any]) -> BenchResult:
-        """The inverse of :meth:`to_json`. Raises KeyError or TypeError for anything else."""
-        rows = tuple(Score(**row | {"groups": tuple(row["groups"])}) for row in tree["rows"])
-        return BenchResult(rows, tree["loss_tokens_per_second"], tree["generated_tokens_per_second"])
-
-    def _of(self, group: str) -> list[Score]:
-        return [row for row in self.rows if group in row.groups]
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss); infinite where that is more than a float holds."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def groups_of(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The groups that a row counts in: all, its domain, and its domain's language and task where it names them."""
-    domain = str(row.get("domain", ALL))
-    finer = [f"{domain}/{row[key]}" for key in ("language", "task") if isinstance(row.get(key), str)]
-    return tuple(dict.fromkeys((ALL, domain, *finer)))
-
+from molora.scores import BenchResult, Score, groups_of, table
 
 # --- measuring ---------------------------------------------------------------------------------------------------
 
@@ -343,47 +244,6 @@ def main(arguments: list[str] | None = None) -> None:
     Console().print(table(results))
     if options.output:
         print(f"written: {options.output}")
-
-
-def table(results: Sequence[tuple[str, str, BenchResult]]) -> Table:
-    """Results as (model, bench, result), as one table with a row per bench, group and model."""
-    made = Table(title="held-out loss and exact match (95 % interval)", title_justify="left")
-    made.add_column("group", no_wrap=True)
-    made.add_column("model", overflow="fold")
-    for heading in ("loss", "perplexity", "exact match", "read tok/s", "written tok/s"):
-        made.add_column(heading, justify="right")
-    for bench in dict.fromkeys(bench for _, bench, _ in results):
-        here = [(model, result) for model, name, result in results if name == bench]
-        made.add_row(f"[bold]{escape(Path(bench).name)}")
-        for group in here[0][1].groups():
-            for n, (model, result) in enumerate(here):
-                made.add_row(
-                    escape(group) if n == 0 else "",
-                    escape(model),
-                    loss_cell(result.loss(group)),
-                    "" if (loss := result.loss(group)) is None else f"{perplexity(loss):.4g}",
-                    match_cell(result.exact_match(group)),
-                    speed_cell(result.loss_tokens_per_second),
-                    speed_cell(result.generated_tokens_per_second),
-                    end_section=n == len(here) - 1,
-                )
-    return made
-
-
-def loss_cell(loss: float | None) -> str:
-    return "" if loss is None else f"{loss:.4f}"
-
-
-def match_cell(match: tuple[int, int] | None) -> str:
-    """Exact match of (correct, asked) in per cent, with its 95 % interval."""
-    if match is None:
-        return ""
-    low, high = wilson_interval(*match)
-    return f"{100 * match[0] / match[1]:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
-
-
-def speed_cell(tokens_per_second: float | None) -> str:
-    return "" if tokens_per_second is None else f"{tokens_per_second:,.0f}"
 
 
 def _resolve(name: str, names: Sequence[str]) -> str:

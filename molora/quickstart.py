@@ -29,13 +29,15 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from molora import checkpoint, cli, metrics, provenance, report, routing, train
+from molora import checkpoint, cli, metrics, provenance, report, routing, scores, train
 from molora.adapter import load
 from molora.config import Config, Data
 from molora.data import read_rows
 from molora.errors import UserError
-from molora.evaluate import BenchResult, evaluate, routing_counts
+from molora.evaluate import evaluate, routing_counts
 from molora.files import file_sha256, write_text
+from molora.scores import BenchResult
+from molora.verdict import judge
 
 PRESETS = Path(__file__).parent.parent / "configs" / "presets" / "quickstart"
 STAGES = {"stage1": ("stage1_general.yml", ("general",)), "stage2": ("stage2_maths.yml", ("maths", "general"))}
@@ -157,7 +159,7 @@ class Quickstart:
     ) -> None:
         losses = [result["general"].loss() for result in results.values()]
         matches = [result["maths"].exact_match() for result in results.values()]
-        verdict = report.verdict(losses, matches)  # type: ignore[arg-type] # both are there: rows were measured
+        verdict = judge(losses, matches)  # type: ignore[arg-type] # both are there: rows were measured
         picture = self.out / "routing.png"
         title = "Share of answer tokens per expert after both stages (dotted: all experts equal)"
         report.draw_routing(names, counts, picture, title)
@@ -176,7 +178,7 @@ class Quickstart:
         }
         write_text(self.out / "report.json", json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
         self.console.print()
-        self.console.print(report.table(results, "held-out rows; loss per token; exact match with 95 % interval"))
+        self.console.print(scores.columns(results, "held-out rows; loss per token; exact match with 95 % interval"))
         self.console.print(verdict.sentence, highlight=False)
         self.console.print(
             f"{_clock(elapsed)} now, {_clock(sum(self.seconds.values()))} for all parts. "

@@ -1,6 +1,6 @@
-"""What a run's numbers say: one table, one verdict in words, one picture of the routing.
+"""What the routers did, as a picture.
 
-Pure functions from results to text and pictures; what measures and trains is elsewhere.
+Pure functions from numbers to pictures; what measures and trains is elsewhere.
 
 Shape letters: R routers, E experts, L layers.
 """
@@ -9,96 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
-from molora.answers import wilson_interval
 from molora.errors import UserError
-from molora.evaluate import BenchResult, loss_cell, match_cell, speed_cell
 from molora.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Results = Mapping[str, Mapping[str, BenchResult]]
-"""model -> bench -> result, every model on the same benches."""
-
-
-# --- table -------------------------------------------------------------------------------------------------------
-
-
-def table(results: Results, title: str) -> Table:
-    """A column per model, a row per measure; exact match with its 95 % interval."""
-    made = Table(title=title, title_justify="left")
-    made.add_column("", no_wrap=True)
-    for model in results:
-        made.add_column(escape(model), justify="right")
-    first = next(iter(results.values()))
-    for bench, result in first.items():
-        columns = [benches[bench] for benches in results.values()]
-        for i, group in enumerate(result.groups()):
-            name = f"{bench} loss" if i == 0 else f"  {group}"
-            made.add_row(escape(name), *(loss_cell(column.loss(group)) for column in columns))
-        asked = [group for group in result.groups() if result.exact_match(group)]
-        for i, group in enumerate(asked):
-            name = f"{bench} exact match" if i == 0 else f"  {group}"
-            made.add_row(escape(name), *(match_cell(column.exact_match(group)) for column in columns))
-        made.add_row("  read, tokens/s", *(speed_cell(column.loss_tokens_per_second) for column in columns))
-        if asked:
-            made.add_row("  written, tokens/s", *(speed_cell(column.generated_tokens_per_second) for column in columns))
-        made.add_section()
-    return made
-
-
-# --- verdict -----------------------------------------------------------------------------------------------------
-
-ACQUIRED, KEPT, SLIGHTLY = 0.02, 0.02, 0.05
-"""Relative changes of the general loss: *acquired* if it fell by at least the first in stage 1; *kept* if it rose by at
-most the second in stage 2, *slightly declined* up to the third, *declined* beyond."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Which of the recipe's expected patterns two stages show."""
-
-    general_after_stage1: str
-    """``acquired`` or ``not acquired``"""
-    maths_after_stage2: str
-    """``acquired``: the 95 % intervals of base and stage 2 lie apart; else ``not acquired``"""
-    general_after_stage2: str
-    """``kept``, ``slightly declined`` or ``declined``"""
-    sentence: str
-
-
-def verdict(
-    general_loss: tuple[float, float, float], maths_match: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-) -> Verdict:
-    """Judge base, stage 1 and stage 2 by general loss per token and by (correct, asked) maths problems."""
-    base, stage1, stage2 = general_loss
-    fell, rose = 1 - stage1 / base, stage2 / stage1 - 1
-    general1 = "acquired" if fell >= ACQUIRED else "not acquired"
-    general2 = "kept" if rose <= KEPT else "slightly declined" if rose <= SLIGHTLY else "declined"
-    before, after = maths_match[0], maths_match[2]
-    learnt = wilson_interval(*after)[0] > wilson_interval(*before)[1]
-    maths = "acquired" if learnt else "not acquired"
-    sentence = (
-        f"Stage 1: general ability {general1} (loss {-fell:+.1%} against base; acquired from {-ACQUIRED:.0%}). "
-        f"Stage 2: maths {maths} (exact match {before[0] / before[1]:.0%} to {after[0] / after[1]:.0%}; acquired if "
-        f"the 95 % intervals lie apart), general ability {general2} (loss {rose:+.1%} against stage 1; kept up to "
-        f"{KEPT:+.0%}, slightly declined up to {SLIGHTLY:+.0%})."
-    )
-    if learnt and general2 == "declined":
-        sentence += " That is overfitting to maths: train stage 2 for fewer steps or with a lower lr."
-    return Verdict(general1, maths, general2, sentence)
-
-
-# --- routing -----------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness, and by lightness in print.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")

@@ -11,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from molora import chat, data, evaluate, generate, inject, save_adapter
 from molora.adapter import load
 from molora.errors import UserError
-from molora.evaluate import BenchResult, Score
 from molora.loss import causal_lm_loss
 
 ROWS = [
@@ -96,18 +95,6 @@ def test_a_conversation_is_asked_without_its_last_answer() -> None:
     assert len(messages) == 4
 
 
-def test_groups() -> None:
-    def result(*rows: dict) -> BenchResult:
-        return BenchResult(tuple(Score(evaluate.groups_of(row)) for row in rows), None, None)
-
-    assert result(*ROWS).groups() == [
-        "all", "general", "general/en", "general/ko", "maths", "maths/sum", "maths/echo",
-    ]  # fmt: skip
-    assert result(*ROWS[2:]).groups() == ["maths", "maths/sum", "maths/echo"]
-    assert result(ROWS[3]).groups() == ["maths/echo"]
-    assert result({"prompt": "a", "response": "b"}).groups() == ["all"]
-
-
 def test_training_mode_is_given_back(model: LlamaForCausalLM, chat_tokenizer: PreTrainedTokenizerFast) -> None:
     model.train()
     try:
@@ -115,11 +102,6 @@ def test_training_mode_is_given_back(model: LlamaForCausalLM, chat_tokenizer: Pr
         assert model.training and model.lm_head.training
     finally:
         model.eval()
-
-
-def test_json_round_trip() -> None:
-    result = BenchResult((Score(("all", "maths"), 1.5, 3, "5", True), Score(("all",))), 12.0, None)
-    assert BenchResult.from_json(json.loads(json.dumps(result.to_json()))) == result
 
 
 def test_an_answer_that_cannot_be_read_stops_before_anything_runs(chat_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,66 +1,15 @@
-"""The table, the verdict and its thresholds, and the picture of the routing."""
+"""The picture of the routing."""
 
 import struct
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from molora import report
 from molora.errors import UserError
-from molora.evaluate import BenchResult, Score
 
 NAMES = [f"model.layers.{layer}.mlp.{kind}" for layer in (0, 1, 2) for kind in ("gate_proj", "down_proj")]
-
-
-def result(group: str, loss: float, correct: int | None = None) -> BenchResult:
-    rows = [Score(("all", group), loss=loss * 10, tokens=10)] * 2
-    if correct is not None:
-        tasks = (f"{group}/sum", f"{group}/echo")
-        rows = [
-            Score((*row.groups, task), row.loss, row.tokens, "", i < correct)
-            for i, (row, task) in enumerate(zip(rows, tasks, strict=True))
-        ]
-    return BenchResult(tuple(rows), 1234.0, 56.0 if correct is not None else None)
-
-
-def test_table_fits_a_terminal_and_shows_every_number() -> None:
-    results = {
-        name: {"general": result("general-ko", loss), "maths": result("maths", loss / 2, correct)}
-        for name, loss, correct in [("base", 2.5, 0), ("stage1", 2.25, 1), ("stage2", 2.0, 2)]
-    }
-    console = Console(width=80, record=True)
-    console.print(report.table(results, "title"))
-    shown = console.export_text()
-    for text in (
-        "2.5000",
-        "1.0000",
-        "0 % (0 to 66)",
-        "50 % (9 to 91)",
-        "100 % (34 to 100)",
-        "1,234",
-        "56",
-        "  maths/echo",
-    ):
-        assert text in shown
-    assert "…" not in shown
-
-
-@pytest.mark.parametrize(
-    ("general", "correct", "expected"),
-    [
-        ((3.0, 2.9, 2.9), (5, 6, 60), ("acquired", "acquired", "kept")),
-        ((3.0, 2.99, 3.04), (5, 6, 60), ("not acquired", "acquired", "kept")),
-        ((3.0, 2.9, 3.0), (5, 6, 8), ("acquired", "not acquired", "slightly declined")),
-        ((3.0, 2.0, 2.2), (5, 6, 60), ("acquired", "acquired", "declined")),
-    ],
-)
-def test_verdict(general: tuple, correct: tuple, expected: tuple[str, str, str]) -> None:
-    verdict = report.verdict(general, tuple((n, 100) for n in correct))
-    assert (verdict.general_after_stage1, verdict.maths_after_stage2, verdict.general_after_stage2) == expected
-    assert ("overfitting" in verdict.sentence) == (expected[1:] == ("acquired", "declined"))
-    assert f"{general[2] / general[1] - 1:+.1%}" in verdict.sentence
 
 
 def test_shares() -> None:
