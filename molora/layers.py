@@ -173,7 +173,7 @@ class SharedInput:
         if routed is None or self.ledger is None:
             return list(outputs)
         return [
-            routing.collect(self.ledger, self.rows, outputs[0], routed.sums, routed.counts),
+            routing.collect(self.ledger, self.rows, outputs[0], routed.sums, routed.counts, routed.gates.unbind(-2)),
             *outputs[1:],
         ]
 
@@ -218,7 +218,9 @@ class LoraMLP(nn.Module):
             dropout_p=dropout,
             dropout_seed=molora_kernels.new_dropout_seed(x.device) if dropout else None,
         )
-        return out.y if self.ledger is None else routing.collect(self.ledger, self.rows, out.y, out.sums, out.counts)
+        if self.ledger is None:
+            return out.y
+        return routing.collect(self.ledger, self.rows, out.y, out.sums, out.counts, out.gates)
 
 
 def _biases(members: list[LoraLinear]) -> list[Tensor]:

@@ -37,6 +37,17 @@ class Record:
     """(R, E) fp32."""
     gradient: Tensor
     """(R, 1 + E) fp32: d loss / d sums; zero until :func:`combine` writes it; the layers' backward reads it."""
+    gates: Tensor | None = None
+    """(R, batch, sequence, E) fp32, where asked for: each token's weight of each expert, zero where not chosen."""
+
+    def counts_by(self, group: Tensor, groups: int) -> Tensor:
+        """(groups, R, E) fp32: of the tokens in each group, how many chose each expert.
+
+        ``group`` (batch, sequence) int64 names each token's group; tokens of group -1 count nowhere. Needs ``gates``.
+        """
+        assert self.gates is not None, "the record was made without per_token=True"
+        member = group.unsqueeze(-1) == torch.arange(groups, device=group.device)
+        return torch.einsum("rbte,btg->gre", (self.gates > 0).float(), member.float())
 
 
 @dataclass
@@ -80,8 +91,9 @@ def names(model: nn.Module) -> list[str]:
     return list(ledger_of(model).names)
 
 
-def record(model: nn.Module, attention_mask: Tensor) -> Record:
-    """An empty record for a micro-batch with this (batch, sequence) mask of valid tokens."""
+def record(model: nn.Module, attention_mask: Tensor, *, per_token: bool = False) -> Record:
+    """An empty record for a micro-batch with this (batch, sequence) mask of valid tokens; ``per_token`` asks for each
+    token's gates too."""
     ledger = ledger_of(model)
     mask = attention_mask.to(next(model.parameters()).device).bool()
     shape = (len(ledger.names), ledger.experts)
@@ -91,6 +103,7 @@ def record(model: nn.Module, attention_mask: Tensor) -> Record:
         sums=torch.zeros(shape[0], 1 + shape[1], device=mask.device),
         counts=torch.zeros(shape, device=mask.device),
         gradient=torch.zeros(shape[0], 1 + shape[1], device=mask.device),
+        gates=torch.zeros(shape[0], *mask.shape, shape[1], device=mask.device) if per_token else None,
     )
 
 
@@ -104,6 +117,29 @@ def using(model: nn.Module, record: Record) -> Iterator[None]:
     try:
         yield
     finally:
+        ledger.current = previous
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[list[Record]]:
+    """A list that gets a record with every token's gates for each forward of ``model`` inside the block.
+
+    For looking at what a model does, such as generation, whose forwards are not the caller's own.
+    """
+    ledger = ledger_of(model)
+    previous, seen = ledger.current, []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        tokens = kwargs["inputs_embeds"][..., 0] if inputs is None else inputs
+        ledger.current = record(model, torch.ones_like(tokens, dtype=torch.bool), per_token=True)
+        seen.append(ledger.current)
+
+    hook = model.base_model.register_forward_pre_hook(before, with_kwargs=True)  # type: ignore[operator, union-attr]
+    try:
+        yield seen
+    finally:
+        hook.remove()
         ledger.current = previous
 
 
@@ -166,14 +202,18 @@ def step_bias(model: nn.Module, records: Sequence[Record], moe: MoE, skipped: Te
         router.selection_bias.add_(direction[row], alpha=moe.load_balance.bias_update_speed)
 
 
-def collect(ledger: Ledger, rows: slice, y: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
-    """Write a layer's sums and counts to the current record and return ``y``, through whose backward the gradient of
-    the router losses flows into ``sums``. Without a current record (plain inference) it is just ``y``."""
+def collect(ledger: Ledger, rows: slice, y: Tensor, sums: Tensor, counts: Tensor, gates: Sequence[Tensor]) -> Tensor:
+    """Write a layer's sums, counts and gates (one (..., E) a router) to the current record and return ``y``, through
+    whose backward the gradient of the router losses flows into ``sums``. Without a current record (plain inference)
+    it is just ``y``."""
     record = ledger.current
     if record is None:
         return y
     record.sums[rows] = sums.detach()
     record.counts[rows] = counts
+    if record.gates is not None:
+        for router, of_tokens in zip(record.gates[rows], gates, strict=True):
+            router.copy_(of_tokens.detach())
     if not (torch.is_grad_enabled() and sums.requires_grad):
         return y
     return _InjectGradient.apply(y, sums, record, rows)

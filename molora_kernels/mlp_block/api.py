@@ -43,6 +43,9 @@ class MlpOutput(NamedTuple):
     """(H, 1 + E) as in :class:`molora_kernels.Routing`, H routers in the order given."""
     counts: Tensor
     """(H, E), likewise."""
+    gates: tuple[Tensor, ...]
+    """H of (..., E) fp32: each token's weight of each expert, zero where not chosen. To look at: they carry no
+    gradient."""
 
 
 def mlp_block(
@@ -101,10 +104,13 @@ def mlp_block(
     )
     with autocast.off(x):
         if reference_chosen():
-            y, sums, counts = reference.mlp_block(*args)
+            y, sums, counts, gates = reference.mlp_block(*args)
         else:
-            y, sums, counts, _ = op.mlp_block_fwd(*args)
-    return MlpOutput(y.view(*x.shape[:-1], y.shape[-1]), sums, counts.detach())
+            y, sums, counts, saved = op.mlp_block_fwd(*args)
+            gates = op.gates_of(saved)
+    leading = x.shape[:-1]
+    each = tuple(g.detach().view(*leading, g.shape[-1]) for routed in gates for g in routed.unbind(1))
+    return MlpOutput(y.view(*leading, y.shape[-1]), sums, counts.detach(), each)
 
 
 def _all_or_none(given: list[Tensor | None], like: list[Tensor]) -> list[Tensor]:

@@ -75,6 +75,11 @@ def _(
     )
 
 
+def gates_of(saved: list[Tensor]) -> list[Tensor]:
+    """Of what :func:`mlp_block_fwd` saved, the gates (T, H, E) of gate and up, and of down; none without routers."""
+    return [gates for gates in (saved[4], saved[6]) if gates.ndim == 3]
+
+
 @torch.library.custom_op("molora::mlp_block_bwd", mutates_args=())
 def mlp_block_bwd(
     dy: Tensor,

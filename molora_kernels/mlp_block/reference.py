@@ -25,8 +25,9 @@ def mlp_block(
     top_k: int,
     scaling: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (T, K), sums (H, 1 + E), counts (H, E) with H = 0, 1 or 3 routers; see :func:`molora_kernels.mlp_block`."""
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """y (T, K), sums (H, 1 + E), counts (H, E) with H = 0, 1 or 3 routers, and the gates (T, ., E) of those that read
+    x and of the one that reads h; see :func:`molora_kernels.mlp_block`."""
 
     def kept(x: Tensor, stream: int) -> Tensor | None:
         if not dropout_p or dropout_seed is None:
@@ -54,4 +55,5 @@ def mlp_block(
     (y,) = grouped_lora(h, weights[2:], biases[2:], lora_a[2:], lora_b[2:], gates_down, scaling, kept(h, 1), scale)
     if sums is None or counts is None:
         sums, counts = x_TK.new_zeros(0, 2, dtype=torch.float32), x_TK.new_zeros(0, 1, dtype=torch.float32)
-    return y, sums, counts
+    routed = [] if gates_in is None else [gates_in] if gates_down is gates_in else [gates_in, gates_down]
+    return y, sums, counts, [gates for gates in routed if gates is not None]

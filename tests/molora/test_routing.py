@@ -235,3 +235,49 @@ def test_models_without_routers_have_zero_losses(tiny_config):
     assert routing.combine(model, [record], MOE).total.item() == 0
     with pytest.raises(ValueError, match="inject"):
         routing.record(torch.nn.Linear(2, 2), torch.ones(1, 1))
+
+
+def test_gates_of_every_token(patched, batch) -> None:
+    ids, mask = batch
+    record = routing.record(patched, mask, per_token=True)
+    with routing.using(patched, record), torch.no_grad():
+        patched(ids, attention_mask=mask)
+        logits = router_logits(patched, ids, mask)
+    for gates, of_router in zip(record.gates, logits, strict=True):
+        top, chosen = torch.softmax(of_router, -1).topk(2, -1)
+        expected = torch.zeros_like(of_router).scatter(-1, chosen, top / top.sum(-1, keepdim=True))
+        torch.testing.assert_close(gates[mask.bool()], expected.float())
+
+
+def test_counts_by_group_add_up_to_the_counts(patched, batch) -> None:
+    ids, mask = batch
+    record = routing.record(patched, mask, per_token=True)
+    with routing.using(patched, record):
+        patched(ids, attention_mask=mask)
+    group = torch.tensor([[0], [2], [0], [2]]).expand(ids.shape).masked_fill(mask == 0, -1)
+    counts = record.counts_by(group, 3)
+    torch.testing.assert_close(counts.sum(0), record.counts)
+    assert counts[0].sum(-1).tolist() == [2.0 * 10] * len(record.counts)  # two experts for each of 7 + 3 tokens
+    assert not counts[1].any()
+
+
+@pytest.mark.parametrize("scope", ["projection", "mlp"])
+def test_observing_sees_each_forward_and_leaves_the_model_as_it_was(tiny_config, batch, scope: str) -> None:
+    model = LlamaForCausalLM(tiny_config).eval()
+    molora.inject(
+        model,
+        {"injection": {"lora_r": 4, "init_b_std": 0.05, "target_keywords": ["gate_proj", "up_proj", "down_proj"]},
+         "moe": {"router_scope": scope}},
+    )  # fmt: skip
+    ids, _ = batch
+    with torch.no_grad():
+        expected = model(ids).logits
+        with routing.observing(model) as seen:
+            torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
+            model(inputs_embeds=model.get_input_embeddings()(ids[:, :2]))
+        model(ids)
+    assert [record.gates.shape[1:3] for record in seen] == [(4, 9), (4, 2)]
+    for record in seen:
+        assert len(record.gates) == len(routing.names(model)) == (6 if scope == "projection" else 2)
+        torch.testing.assert_close(record.gates.sum(-1), torch.ones(record.gates.shape[:-1]))
+        torch.testing.assert_close((record.gates > 0).sum((1, 2)).float(), record.counts)

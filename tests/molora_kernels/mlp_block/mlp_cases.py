@@ -126,7 +126,8 @@ def results(i: MlpInputs, case: MlpCase, backend: Backend) -> dict[str, Tensor]:
             outputs, upstream = outputs[:1], upstream[:1]
         grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
     named = {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-    return {"y": out.y.detach(), "sums": out.sums.detach(), "counts": out.counts} | named
+    looked_at = {f"gates{n}": gates for n, gates in enumerate(out.gates)}
+    return {"y": out.y.detach(), "sums": out.sums.detach(), "counts": out.counts} | looked_at | named
 
 
 def check(inputs: MlpInputs, case: MlpCase, backend: Backend) -> None:
