@@ -39,12 +39,17 @@ def choose(b_scores, TOP_K: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr):
 
 
 @triton.jit
-def gates_of(b_probs, b_chosen, TOP_K: tl.constexpr):
-    """The chosen probabilities renormalised to sum 1; for TOP_K = 1 the probability itself. Padding columns: 0."""
-    b_gates = b_probs * b_chosen
+def gates_of(b_logits, b_probs, b_chosen, TOP_K: tl.constexpr):
+    """The chosen probabilities renormalised to sum 1; for TOP_K = 1 the probability itself. Padding columns: 0.
+
+    Renormalised, they are the softmax over the chosen logits: a selection bias may choose experts whose probabilities
+    are all 0 in fp32, and 0 / 0 is NaN.
+    """
     if TOP_K == 1:
-        return b_gates
-    return tl.div_rn(b_gates, tl.broadcast_to(tl.sum(b_gates, axis=1)[:, None], b_gates.shape))
+        return b_probs * b_chosen
+    b_left = tl.where(b_chosen > 0.0, b_logits, float("-inf"))
+    b_exp = tl.exp(b_left - tl.max(b_left, axis=1)[:, None])
+    return tl.div_rn(b_exp, tl.broadcast_to(tl.sum(b_exp, axis=1)[:, None], b_exp.shape))
 
 
 @triton.jit

@@ -110,7 +110,7 @@ def shrink_fwd_kernel(
         if p_selection is not None:
             b_scores = b_probs + tl.load(p_selection + o_bias, mask=m_routed, other=0.0)
         b_chosen = choose(b_scores, TOP_K, E, E_PAD)
-        tl.store(p_gates + o_routed, gates_of(b_probs, b_chosen, TOP_K), mask=m_routed)
+        tl.store(p_gates + o_routed, gates_of(b_logits, b_probs, b_chosen, TOP_K), mask=m_routed)
         tl.store(p_logits + o_routed, b_logits, mask=m_routed)
 
         if p_mask is not None:

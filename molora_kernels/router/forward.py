@@ -83,7 +83,7 @@ def router_fwd_kernel(
         p_scores = p_selection_bias + o_h[:, None] * E + o_e[None, :]
         b_scores = b_probs + tl.load(p_scores, mask=(o_h < H)[:, None] & m_e[None, :], other=0.0)
     b_chosen = choose(b_scores, TOP_K, E, E_PAD)
-    b_gates = gates_of(b_probs, b_chosen, TOP_K)
+    b_gates = gates_of(b_logits, b_probs, b_chosen, TOP_K)
 
     o_out = (o_token.to(tl.int64) * H + o_h)[:, None] * E + o_e[None, :]
     m_out = m_row[:, None] & m_e[None, :]

@@ -57,6 +57,16 @@ def test_swiglu(dtype: torch.dtype, device: torch.device) -> None:
     assert not without.numel() and all(torch.equal(a, b) for a, b in zip(grads, same, strict=True))
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_chosen_experts_whose_probabilities_are_zero(device: torch.device) -> None:
+    """The router that rides along, with a selection bias that chooses experts 200 nats below the best."""
+    case = MlpCase(T=20, K=16, inner=24, E=4, r=2, H=3, bias=True)
+    inputs = mlp_inputs(case, torch.float16, device)
+    low = torch.tensor([0.0, -200.0, -201.0, 1.0], device=device)
+    push = torch.tensor([0.0, 20.0, 10.0, 0.0], device=device)
+    check(replace(inputs, router_biases=[low] * 3, selection_biases=[push] * 3), case, "triton")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeats_bit_for_bit(dtype: torch.dtype, device: torch.device) -> None:
     case = replace(CASES[-1], T=150)

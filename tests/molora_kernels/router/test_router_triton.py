@@ -146,6 +146,15 @@ def test_ties_go_to_the_lower_index(device: torch.device) -> None:
     assert torch.equal(gates > 0, (expected > 0).expand(20, 2, 6))
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_chosen_experts_whose_probabilities_are_zero(top_k: int, device: torch.device) -> None:
+    """A selection bias may choose experts 200 nats below the best: in fp32 their probabilities are 0, and 0 / 0."""
+    inputs = router_inputs(20, 8, 2, 5, device=device)
+    low = torch.tensor([0.0, -200.0, 1.0, -201.0, -300.0], device=device).expand(2, 5)
+    push = torch.tensor([0.0, 5.0, 0.0, 4.0, 0.0], device=device).expand(2, 5)
+    check(replace(inputs, bias=low, selection_bias=push), top_k)
+
+
 def test_padding_may_hold_anything(device: torch.device) -> None:
     inputs = router_inputs(50, 24, 2, 4, device=device)
     x = inputs.x.clone()
