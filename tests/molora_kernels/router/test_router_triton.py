@@ -204,7 +204,6 @@ def test_what_the_kernels_do_not_take_is_explained(unsupported: str, device: tor
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("features", "heads"), [(3072, 2), (3072, 3), (8192, 1)])
 def test_at_the_size_of_llama_3_2_3b(features: int, heads: int, dtype: torch.dtype) -> None:
