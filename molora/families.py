@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -15,6 +16,7 @@ class Family:
 
     layers: str = "model.layers"
     attention: str = "self_attn"
+    """Where attention LoRAs may go; "" for anywhere."""
     mlp: str = "mlp"
     shared_inputs: tuple[tuple[str, ...], ...] = (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -23,19 +25,51 @@ class Family:
     """Projections that read one tensor, in the order in which the layer calls them."""
     swiglu: tuple[str, str, str] | None = ("gate_proj", "up_proj", "down_proj")
     """The MLP's projections if it is ``down(silu(gate(x)) * up(x))`` whenever ``hidden_act`` is silu, else None."""
+    fused: Mapping[str, str] = field(default_factory=dict)
+    """Projections by Llama's name that are part of a wider linear here, and its name; the adapter is the whole's."""
+
+    def names(self, keywords: Sequence[str]) -> list[str]:
+        """``keywords`` as this architecture spells them, each once."""
+        return list(dict.fromkeys(self.fused.get(keyword, keyword) for keyword in keywords))
 
 
+_GEGLU = Family(swiglu=None)
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
+    "gemma": _GEGLU,
+    "gemma2": _GEGLU,
+    "gemma3_text": _GEGLU,
+    "phi3": Family(
+        shared_inputs=(),
+        swiglu=None,
+        fused={
+            **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+            **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+        },
+    ),
 }
 
 
 def family_of(model: nn.Module) -> Family:
-    """The row for ``model.config.model_type``; :class:`UserError` if there is none."""
+    """The row for ``model.config.model_type``.
+
+    An architecture without one is taken projection by projection, each on its own: its decoder layers are the longest
+    list of modules in the model, and ``injection.target_keywords`` and ``attn_lora.keywords`` name the linears.
+
+    Raises:
+        UserError: no such list.
+    """
     name = getattr(getattr(model, "config", None), "model_type", None)
-    if name not in FAMILIES:
-        raise UserError(f"architecture {name!r} has no row in molora/families.py; rows so far: {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+    if name in FAMILIES:
+        return FAMILIES[name]
+    lists = {path: len(module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    longest = [path for path, length in lists.items() if length == max(lists.values())]
+    if len(longest) != 1:
+        raise UserError(
+            f"architecture {name!r} has no row in molora/families.py, and its decoder layers are not plain to see "
+            f"(module lists: {lists or 'none'}); add a row. Rows so far: {', '.join(FAMILIES)}"
+        )
+    return Family(layers=longest[0], attention="", shared_inputs=(), swiglu=None)

@@ -37,7 +37,7 @@ def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe:
     """Freeze ``model`` and put adapters on its projections, in place.
 
     Args:
-        model: a transformers causal LM of a family in ``molora/families.py``.
+        model: a transformers causal LM; for its architecture see :func:`molora.families.family_of`.
         config: a whole configuration, its ``injection`` section, or a mapping with the keys of either.
         moe: the router settings where ``config`` does not hold them.
 
@@ -45,8 +45,8 @@ def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe:
         ``model``. With ``init_b_std = 0`` its outputs are bit for bit those from before.
 
     Raises:
-        UserError: unknown family, a keyword that matches no projection, a layer index out of range, a router scope
-            that the targets do not allow, or a model that has adapters already.
+        UserError: an architecture without plain decoder layers, a keyword that matches no projection, a layer index
+            out of range, a router scope that the targets do not allow, or a model that has adapters already.
     """
     injection, moe = _sections(config, moe)
     if hasattr(model, "molora"):
@@ -146,24 +146,25 @@ def _layer_indices(injection: Injection, count: int) -> list[int]:
 
 def _plan(family: Family, layer: nn.Module, injection: Injection, moe: MoE, fused: bool) -> Plan:
     plan: Plan = {}
+    targets, attention = family.names(injection.target_keywords), family.names(injection.attn_lora.keywords)
     for path, module in layer.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        if _matches(path, injection.target_keywords):
+        if _matches(path, targets):
             plan[path] = "lora"
-        elif (
-            injection.attn_lora.enabled
-            and path.startswith(f"{family.attention}.")
-            and _matches(path, injection.attn_lora.keywords)
-        ):
+        elif injection.attn_lora.enabled and path.startswith(family.attention) and _matches(path, attention):
             plan[path] = "attn_lora"
     mlp = [f"{family.mlp}.{name}" for name in family.swiglu or ()]
     if injection.strategy == "mixture_lora" and moe.router_scope == "mlp":
-        targets = {path for path, group in plan.items() if group == "lora"}
-        if not fused or not mlp or targets != set(mlp):
+        if not fused or not mlp:
             raise UserError(
                 "moe.router_scope: mlp shares one router over the three projections of a SwiGLU MLP (hidden_act silu), "
-                f"so injection.target_keywords must be exactly {list(family.swiglu or ())}"
+                "which this architecture does not have; leave it at projection"
+            )
+        if {path for path, group in plan.items() if group == "lora"} != set(mlp):
+            raise UserError(
+                "moe.router_scope: mlp shares one router over the three projections of the MLP, so "
+                f"injection.target_keywords must be exactly {list(family.swiglu or ())}"
             )
     return plan
 
@@ -179,7 +180,7 @@ def _require_matches(injection: Injection, family: Family, plans: dict[int, Plan
         wanted.append(("injection.attn_lora.keywords", injection.attn_lora.keywords))
     linears = [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
     for key, keywords in wanted:
-        for keyword in keywords:
+        for keyword in family.names(keywords):
             if not any(_matches(path, [keyword]) for path in planned):
                 raise UserError(f"{key}: {keyword!r} matches no projection; a layer of this model has {linears}")
 
