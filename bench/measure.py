@@ -10,18 +10,39 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+Outputs = Tensor | tuple[Tensor, ...]
+"""What a forward gives: every tensor of it gets an upstream gradient."""
+
+MIB = 2**20
+
+
+def backward(outputs: Outputs, upstream: Outputs) -> None:
+    """The backward of most variants."""
+    torch.autograd.backward(as_tuple(outputs), as_tuple(upstream))
+
+
+def as_tuple(tensors: Outputs) -> tuple[Tensor, ...]:
+    return (tensors,) if isinstance(tensors, Tensor) else tensors
+
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to do the work. ``forward`` maps x to y; ``leaves`` are what trains, besides x."""
+    """One way to do the work."""
 
-    forward: Callable[[Tensor], Tensor]
+    forward: Callable[[Tensor], Any]
     leaves: list[Tensor]
+    """What trains, besides x."""
+    named: Callable[[list[Tensor]], dict[str, list[Tensor]]] = lambda gradients: {"leaves": gradients}
+    """Gradients of the leaves by kind, in a layout that all variants of one mathematics share: for the check."""
+    backward: Callable[[Any, Outputs], None] = backward
+    update: Callable[[], None] | None = None
+    """What a training step does after backward; timed apart."""
 
 
 @dataclass
@@ -30,47 +51,65 @@ class Timing:
 
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
+    update: list[float] = field(default_factory=list)
 
     @property
     def total(self) -> list[float]:
+        """Forward and backward."""
         return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
 
 
-def interleaved(variants: Mapping[str, Variant], x: Tensor, dy: Tensor, rounds: int, warmup: int) -> dict[str, Timing]:
-    """Forward and backward times of each variant, ``rounds`` times in turn, after ``warmup`` rounds that do not count.
+def interleaved(
+    variants: Mapping[str, Variant], x: Tensor, upstream: Outputs, rounds: int, warmup: int
+) -> dict[str, Timing]:
+    """Times of each variant's parts, ``rounds`` times in turn, after ``warmup`` rounds that do not count.
 
-    Each round uses fresh leaves' gradients; on CUDA the device is synchronised around each measured part and the L2
-    cache is flushed before it.
+    Each round starts without gradients. On CUDA the parts are measured on the device, by events, and the L2 cache is
+    flushed before each of them.
     """
     timings = {name: Timing() for name in variants}
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=x.device) if x.is_cuda else None
+    clock = _DeviceClock(x.device) if x.is_cuda else _Clock()
     for round_ in tqdm(range(-warmup, rounds), desc="rounds", disable=None):
         for name, variant in variants.items():
             for leaf in variant.leaves:
                 leaf.grad = None
-            leaf_x = x.detach().requires_grad_()
-            if flush is not None:
-                flush.zero_()
-            start = _now(x)
-            y = variant.forward(leaf_x)
-            middle = _now(x)
-            if flush is not None:
-                flush.zero_()
-                middle_again = _now(x)
-            else:
-                middle_again = middle
-            y.backward(dy)
-            end = _now(x)
+            leaf_x = input_leaf(x)
+            y, forward_ms = clock.time(lambda variant=variant, leaf_x=leaf_x: variant.forward(leaf_x))
+            _, backward_ms = clock.time(lambda variant=variant, y=y: variant.backward(y, upstream))
+            update_ms = clock.time(variant.update)[1] if variant.update else 0.0
+            del y
             if round_ >= 0:
-                timings[name].forward.append(1e3 * (middle - start))
-                timings[name].backward.append(1e3 * (end - middle_again))
+                timings[name].forward.append(forward_ms)
+                timings[name].backward.append(backward_ms)
+                timings[name].update.append(update_ms)
     return timings
 
 
-def _now(x: Tensor) -> float:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter()
+def input_leaf(x: Tensor) -> Tensor:
+    """x as a variant's input: with a gradient, unless it holds indices."""
+    return x.detach().requires_grad_(x.is_floating_point())
+
+
+class _Clock:
+    def time(self, work: Callable[[], Any]) -> tuple[Any, float]:
+        start = time.perf_counter()
+        result = work()
+        return result, 1e3 * (time.perf_counter() - start)
+
+
+class _DeviceClock:
+    def __init__(self, device: torch.device) -> None:
+        self._flush = torch.empty(256 * MIB, dtype=torch.uint8, device=device)
+
+    def time(self, work: Callable[[], Any]) -> tuple[Any, float]:
+        # The flush keeps the device busy while the work is being queued, so that launches are not what is measured.
+        self._flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        result = work()
+        end.record()
+        end.synchronize()
+        return result, start.elapsed_time(end)
 
 
 def saved_mib(variant: Variant, x: Tensor, weights: Iterable[Tensor]) -> float:
@@ -85,9 +124,23 @@ def saved_mib(variant: Variant, x: Tensor, weights: Iterable[Tensor]) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = variant.forward(x.detach().requires_grad_())
+        y = variant.forward(input_leaf(x))
     del y
-    return sum(saved.values()) / 2**20
+    return sum(saved.values()) / MIB
+
+
+def peak_mib(variant: Variant, x: Tensor, upstream: Outputs) -> float | None:
+    """Most MiB that a round holds on a CUDA device beyond what was there before it; None on a CPU."""
+    if not x.is_cuda:
+        return None
+    for leaf in variant.leaves:
+        leaf.grad = None
+    before = torch.cuda.memory_allocated(x.device)
+    torch.cuda.reset_peak_memory_stats(x.device)
+    variant.backward(variant.forward(input_leaf(x)), upstream)
+    if variant.update:
+        variant.update()
+    return (torch.cuda.max_memory_allocated(x.device) - before) / MIB
 
 
 def median_ratio(ours: list[float], base: list[float]) -> tuple[float, float, float]:
@@ -97,3 +150,35 @@ def median_ratio(ours: list[float], base: list[float]) -> tuple[float, float, fl
         return ratios[0], ratios[0], ratios[0]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return middle, low, high
+
+
+def rows(
+    variants: Mapping[str, Variant],
+    x: Tensor,
+    upstream: Outputs,
+    weights: Iterable[Tensor],
+    *,
+    base: str,
+    rounds: int,
+    warmup: int,
+) -> list[dict[str, Any]]:
+    """One row of a result for each variant; ``ratio`` is over ``base``, forward and backward together."""
+    weights = list(weights)
+    timings = interleaved(variants, x, upstream, rounds, warmup)
+    made = []
+    for name, timing in timings.items():
+        ratio, low, high = median_ratio(timing.total, timings[base].total)
+        row = {
+            "variant": name,
+            "fwd_ms": round(statistics.median(timing.forward), 3),
+            "bwd_ms": round(statistics.median(timing.backward), 3),
+            "total_ms": round(statistics.median(timing.total), 3),
+            "ratio": round(ratio, 3),
+            "ratio_quartiles": [round(low, 3), round(high, 3)],
+            "saved_mib": round(saved_mib(variants[name], x, weights), 1),
+        }
+        if variants[name].update:
+            row["update_ms"] = round(statistics.median(timing.update), 3)
+        peak = peak_mib(variants[name], x, upstream)
+        made.append(row if peak is None else row | {"peak_mib": round(peak, 1)})
+    return made

@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("torch", "triton", "transformers", "peft", "eulerforge", "mixlora", "moe-peft", "unsloth")
+
 
 def provenance() -> dict[str, Any]:
     """Command, commit and versions; ``uncommitted_changes`` concerns tracked files."""
@@ -17,7 +19,7 @@ def provenance() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("torch", "triton")},
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
     }
 
 

@@ -12,33 +12,49 @@ import torch
 
 from bench.provenance import provenance
 
+COLUMNS = {
+    "update_ms": "update ms",
+    "peak_mib": "peak MiB",
+    "gbyte": "GB",
+    "gflop": "GFLOP",
+    "floor_share": "of roofline",
+}
+"""What some rows have, and its heading."""
 
-def show(title: str, rows: list[dict[str, Any]], absent: dict[str, str]) -> None:
+
+def show(title: str, result: dict[str, Any]) -> None:
     """A table of variants, and a line for each that has no time, with the reason.
 
     Plain text, so that a benchmark runs on a machine that has nothing but torch and triton.
     """
     print(f"\n{title}")
-    width = max(len(row["variant"]) for row in rows)
-    print(f"{'':{width}}  forward ms  backward ms  total ms  over the frozen base (quartiles)  saved MiB")
+    rows = result["rows"]
+    width = max((len(row["variant"]) for row in rows), default=0)
+    over = f"over {result['base']} (quartiles)"
+    extra = {key: head for key, head in COLUMNS.items() if any(key in row for row in rows)}
+    heads = "".join(f"  {head:>11}" for head in extra.values())
+    print(f"{'':{width}}  forward ms  backward ms   total ms  {over:>33}  saved MiB{heads}")
     for row in rows:
         low, high = row["ratio_quartiles"]
         ratio = f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
+        cells = "".join(f"  {row[key]:11.2f}" if key in row else " " * 13 for key in extra)
         print(
-            f"{row['variant']:{width}}  {row['fwd_ms']:10.2f}  {row['bwd_ms']:11.2f}  {row['total_ms']:8.2f}"
-            f"  {ratio:>32}  {row['saved_mib']:9.1f}"
+            f"{row['variant']:{width}}  {row['fwd_ms']:10.2f}  {row['bwd_ms']:11.2f}  {row['total_ms']:9.2f}"
+            f"  {ratio:>{max(33, len(over))}}  {row['saved_mib']:9.1f}{cells}"
         )
-    for name, reason in absent.items():
+    for name, reason in result["not_measured"].items():
         print(f"{name}: not measured, {reason}")
+    for name, reason in result["wrong"].items():
+        print(f"{name}: wrong, not timed: {reason}")
 
 
-def write(path: str | Path, what: dict[str, Any], rows: list[dict[str, Any]], absent: dict[str, str]) -> None:
-    """Write rows with provenance as JSON, through a temporary file."""
+def write(path: str | Path, what: dict[str, Any]) -> None:
+    """Write a result with its provenance as JSON, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = what | {"provenance": provenance() | _hardware(), "rows": rows, "not_measured": absent}
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    whole = {**what, "provenance": provenance() | _hardware()}
+    aside.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, path)
 
 
