@@ -214,6 +214,8 @@ class Logging(Section):
 
 class Kernels(Section):
     backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    form: Literal["auto", "dense", "grouped"] = "auto"
+    """Every expert on every token, or the chosen ones alone on tokens sorted by them; ``auto``: the faster one."""
 
 
 class Config(Section):

@@ -166,6 +166,7 @@ class SharedInput:
             [m.lora_b for m in self.members],
             scaling=first.scaling,
             gates=gates,
+            top_k=None if self.ledger is None else self.ledger.top_k,
             biases=_biases(self.members),
             dropout_p=dropout,
             dropout_seed=molora_kernels.new_dropout_seed(x.device) if dropout else None,

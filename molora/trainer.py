@@ -44,6 +44,7 @@ class Trainer:
 
         seed_everything(config.seed)
         molora_kernels.use_backend(config.kernels.backend)
+        molora_kernels.use_form(config.kernels.form)
         self.model, self.tokenizer = adapter.build(config)
         checkpoint_activations(self.model, config.model.gradient_checkpointing)
         # Saved with the adapter, so that every program that loads it speaks the format that was trained.

@@ -3,6 +3,7 @@
 from molora_kernels.backend import backend_for, use_backend
 from molora_kernels.dropout import dropout_mask, new_dropout_seed
 from molora_kernels.grouped_lora.api import grouped_lora
+from molora_kernels.grouped_lora.dispatch import use_form
 from molora_kernels.mlp_block.api import MlpOutput, Projection, Router, mlp_block
 from molora_kernels.router.api import Routing, router
 
@@ -18,4 +19,5 @@ __all__ = [
     "new_dropout_seed",
     "router",
     "use_backend",
+    "use_form",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from molora_kernels import autocast
 from molora_kernels.backend import reference_chosen
 from molora_kernels.dropout import dropout_mask, survivor_scale
-from molora_kernels.grouped_lora import op, reference
+from molora_kernels.grouped_lora import dispatch, op, reference
 
 
 def grouped_lora(
@@ -20,6 +20,7 @@ def grouped_lora(
     *,
     scaling: float,
     gates: Tensor | None = None,
+    top_k: int | None = None,
     biases: Sequence[Tensor] = (),
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
@@ -38,6 +39,9 @@ def grouped_lora(
         lora_b: G of (N_g, E * r), likewise by columns.
         scaling: ``alpha / r``.
         gates: (..., H, E) with H = G, or H = 1 to share; None for a plain LoRA. Zero where an expert is not chosen.
+        top_k: experts chosen per token, where the caller knows: at most so many gates of a token are not zero. Allows
+            the grouped form, see :class:`molora_kernels.use_form`, which gives gates that are not chosen no gradient
+            (a router's softmax multiplies it by the gate, which is zero).
         biases: none, or G of (N_g,).
         dropout_p: probability of dropping an element of the adapters' input; 0 turns dropout off.
         dropout_seed: () int64 on x's device, needed when ``dropout_p > 0``; see :func:`molora_kernels.dropout_mask`.
@@ -53,7 +57,7 @@ def grouped_lora(
     features = x.shape[-1]
     x, frozen = autocast.follow(x, [*weights, *biases])
     weights, biases = frozen[: len(weights)], frozen[len(weights) :]
-    _check(x, weights, lora_a, lora_b, gates, biases, dropout_p, dropout_seed)
+    _check(x, weights, lora_a, lora_b, gates, top_k, biases, dropout_p, dropout_seed)
     flat = x.reshape(-1, features)
     flat_gates = None if gates is None else gates.reshape(-1, *gates.shape[-2:])
     lists = (weights, biases, list(lora_a), list(lora_b))
@@ -64,7 +68,11 @@ def grouped_lora(
                 kept = dropout_mask(dropout_seed, flat.shape[0], features, dropout_p, stream)
             outputs = reference.grouped_lora(flat, *lists, flat_gates, scaling, kept, survivor_scale(dropout_p))
         else:
-            outputs, _ = op.grouped_lora_fwd(flat, *lists, flat_gates, dropout_seed, scaling, dropout_p, stream)
+            experts = 1 if gates is None else gates.shape[-1]
+            form = dispatch.form_for(flat, experts, top_k, lora_a[0].shape[0] // experts)
+            outputs, _ = op.grouped_lora_fwd(
+                flat, *lists, flat_gates, dropout_seed, scaling, dropout_p, stream, top_k or experts, form
+            )
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
@@ -74,6 +82,7 @@ def _check(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     gates: Tensor | None,
+    top_k: int | None,
     biases: Sequence[Tensor],
     dropout_p: float,
     dropout_seed: Tensor | None,
@@ -108,6 +117,8 @@ def _check(
                 f"grouped_lora: gates are {tuple(gates.shape)} for x {tuple(x.shape)}, {groups} projections and total "
                 f"rank {rank}; expected (..., 1 or {groups}, E) with E dividing the rank"
             )
+        if top_k is not None and not 1 <= top_k <= experts:
+            raise ValueError(f"grouped_lora: top_k={top_k} must lie between 1 and the number of experts, {experts}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"grouped_lora: dropout_p={dropout_p} must lie in [0, 1)")
     if dropout_p and dropout_seed is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from molora_kernels import autocast
 from molora_kernels.backend import backend_for
-from molora_kernels.grouped_lora import portable
+from molora_kernels.grouped_lora import portable, portable_grouped
 
 
 @torch.library.custom_op("molora::grouped_lora_fwd", mutates_args=())
@@ -24,13 +24,18 @@ def grouped_lora_fwd(
     scaling: float,
     dropout_p: float,
     stream: int,
+    top_k: int,
+    form: str,
 ) -> tuple[list[Tensor], Tensor]:
     """(one output per projection, the ungated shrink)"""
+    args = (x, weights, biases, lora_a, lora_b, gates, dropout_seed, scaling, dropout_p, stream)
+    if form == "grouped":
+        return portable_grouped.forward(*args, top_k)
     if backend_for(x.device) == "triton":
         from molora_kernels.grouped_lora import forward
 
-        return forward.forward(x, weights, biases, lora_a, lora_b, gates, dropout_seed, scaling, dropout_p, stream)
-    return portable.forward(x, weights, biases, lora_a, lora_b, gates, dropout_seed, scaling, dropout_p, stream)
+        return forward.forward(*args)
+    return portable.forward(*args)
 
 
 @grouped_lora_fwd.register_fake
@@ -45,9 +50,16 @@ def _(
     scaling: float,
     dropout_p: float,
     stream: int,
+    top_k: int,
+    form: str,
 ) -> tuple[list[Tensor], Tensor]:
-    tokens = x.shape[0]
-    return [x.new_empty(tokens, w.shape[0]) for w in weights], x.new_empty(tokens, sum(a.shape[0] for a in lora_a))
+    columns = sum(shrink_columns(a.shape[0], gates, top_k, form) for a in lora_a)
+    return [x.new_empty(x.shape[0], w.shape[0]) for w in weights], x.new_empty(x.shape[0], columns)
+
+
+def shrink_columns(rank: int, gates: Tensor | None, top_k: int, form: str) -> int:
+    """Columns that a projection of total ``rank`` has in the shrink saved for backward: of all experts, or of top_k."""
+    return rank if gates is None or form == "dense" else rank // gates.shape[-1] * top_k
 
 
 @torch.library.custom_op("molora::grouped_lora_bwd", mutates_args=())
@@ -63,18 +75,23 @@ def grouped_lora_bwd(
     scaling: float,
     dropout_p: float,
     stream: int,
+    top_k: int,
+    form: str,
     need_dx: bool,
     need_dlora: bool,
     need_dgates: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     """(dx, da of all projections stacked, db, dgates); what is not needed is empty"""
     args = (x, weights, lora_a, lora_b, gates, s, dropout_seed, scaling, dropout_p, stream)
-    if backend_for(x.device) == "triton":
-        from molora_kernels.grouped_lora import backward
-
-        return backward.backward(dys, *args, need_dx, need_dlora, need_dgates)
+    needs = (need_dx, need_dlora, need_dgates)
     with autocast.off(x):  # backward may be called under autocast, though it should not be
-        return portable.backward(dys, *args, need_dx, need_dlora, need_dgates)
+        if form == "grouped":
+            return portable_grouped.backward(dys, *args, *needs, top_k)
+        if backend_for(x.device) == "triton":
+            from molora_kernels.grouped_lora import backward
+
+            return backward.backward(dys, *args, *needs)
+        return portable.backward(dys, *args, *needs)
 
 
 @grouped_lora_bwd.register_fake
@@ -90,6 +107,8 @@ def _(
     scaling: float,
     dropout_p: float,
     stream: int,
+    top_k: int,
+    form: str,
     need_dx: bool,
     need_dlora: bool,
     need_dgates: bool,
@@ -106,7 +125,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
-    x, weights, biases, lora_a, lora_b, gates, dropout_seed, ctx.scaling, ctx.dropout_p, ctx.stream = inputs
+    x, weights, biases, lora_a, lora_b, gates, dropout_seed, *ctx.settings = inputs
     _, s = output
     ctx.groups, ctx.biases = len(weights), len(biases)
     ctx.save_for_backward(x, *weights, *lora_a, *lora_b, gates, dropout_seed, s)
@@ -121,8 +140,7 @@ def _backward(ctx: Any, dys: list[Tensor | None], _ds: None) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
     need_dx, need_dlora, need_dgates = needs[0], any(needs[3]) or any(needs[4]), gates is not None and needs[5]
     dx, da, db, dgates = grouped_lora_bwd(
-        dys, x, weights, lora_a, lora_b, gates, s, dropout_seed, ctx.scaling, ctx.dropout_p, ctx.stream,
-        need_dx, need_dlora, need_dgates,
+        dys, x, weights, lora_a, lora_b, gates, s, dropout_seed, *ctx.settings, need_dx, need_dlora, need_dgates
     )  # fmt: skip
     none = [None] * n
     return (
@@ -133,9 +151,7 @@ def _backward(ctx: Any, dys: list[Tensor | None], _ds: None) -> tuple[Any, ...]:
         db if need_dlora else none,
         dgates if need_dgates else None,
         None,
-        None,
-        None,
-        None,
+        *(None for _ in ctx.settings),
     )
 
 

@@ -1,4 +1,4 @@
-"""Projections with routed LoRA experts in plain PyTorch, hand-written backward: what the ``torch`` backend runs.
+"""Projections with routed LoRA experts in plain PyTorch, hand-written backward: the ``torch`` backend's dense form.
 
 The experts of a projection are one LoRA of rank R = E * r whose intermediate is multiplied by the gates; the
 projections that read the same input are one shrink of G * R columns. Shape letters as in ``reference.py``.
@@ -27,7 +27,7 @@ def forward(
     """One (T, N) output per projection, and the ungated shrink s (T, G * R) that backward needs."""
     dtype = x_TK.dtype
     a = torch.cat(lora_a_RK).to(dtype)
-    s = _dropped(x_TK, _kept(x_TK, dropout_seed, dropout_p, stream), dropout_p).mm(a.T)
+    s = dropped(x_TK, kept(x_TK, dropout_seed, dropout_p, stream), dropout_p).mm(a.T)
     gated = gate(s, gates_THE, len(weights_NK), scaling)
     outputs = []
     for g, (weight, b) in enumerate(zip(weights_NK, lora_b_NR, strict=True)):
@@ -73,15 +73,15 @@ def backward(
         ]
 
     ds = gate(dgated, gates_THE, groups, scaling)
-    kept = _kept(x_TK, dropout_seed, dropout_p, stream) if need_dlora or need_dx else None
+    mask = kept(x_TK, dropout_seed, dropout_p, stream) if need_dlora or need_dx else None
     da = x_TK.new_empty(0)
     if need_dlora:
-        da = ds.T.mm(_dropped(x_TK, kept, dropout_p)).to(lora_a_RK[0].dtype)
+        da = ds.T.mm(dropped(x_TK, mask, dropout_p)).to(lora_a_RK[0].dtype)
 
     dx = x_TK.new_empty(0)
     if need_dx:
         a = torch.cat(lora_a_RK).to(dtype)
-        dx = _dropped(ds.mm(a), kept, dropout_p)
+        dx = dropped(ds.mm(a), mask, dropout_p)
         for dy, weight in zip(dys_TN, weights_NK, strict=True):
             dx.addmm_(dy, weight)
     return dx, da, db, dgates
@@ -110,12 +110,12 @@ def _part(columns_TGR: Tensor, g: int, groups: int) -> Tensor:
     return columns_TGR if groups == 1 else columns_TGR.chunk(groups, dim=1)[g]
 
 
-def _kept(x_TK: Tensor, seed: Tensor | None, p: float, stream: int) -> Tensor | None:
+def kept(x_TK: Tensor, seed: Tensor | None, p: float, stream: int) -> Tensor | None:
     if not p:
         return None
     assert seed is not None
     return dropout_mask(seed, x_TK.shape[0], x_TK.shape[1], p, stream)
 
 
-def _dropped(x_TK: Tensor, kept_TK: Tensor | None, p: float) -> Tensor:
+def dropped(x_TK: Tensor, kept_TK: Tensor | None, p: float) -> Tensor:
     return x_TK if kept_TK is None else (x_TK * survivor_scale(p)).mul_(kept_TK)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from molora_kernels import autocast
 from molora_kernels.backend import reference_chosen
+from molora_kernels.grouped_lora import dispatch
 from molora_kernels.mlp_block import op, reference
 
 
@@ -71,7 +72,7 @@ def mlp_block(
         gate, up: N = I (intermediate), K features. down: N = K, I features.
         routers: three, one per projection in the order gate, up, down (down's reads the intermediate); or one that
             reads x and gates all three; or none, for a plain LoRA on each.
-        top_k: experts per token.
+        top_k: experts per token. Whether the others are computed too: :class:`molora_kernels.use_form`.
         scaling: ``alpha / r``.
         mask: (...) bool; only true tokens count in ``sums`` and ``counts``.
         dropout_p, dropout_seed: dropout of the adapters' inputs, as in ``grouped_lora``: one mask for gate and up
@@ -83,12 +84,14 @@ def mlp_block(
     Raises:
         ValueError: shapes, dtypes or counts that do not fit; a base weight that requires grad; dropout without a seed.
     """
+    leading = x.shape[:-1]
     x, weights = autocast.follow(x, [p.weight for p in (gate, up, down)])
     projections = [p._replace(weight=w) for p, w in zip((gate, up, down), weights, strict=True)]
     _check(x, projections, routers, top_k, mask, dropout_p, dropout_seed)
     biases = _all_or_none([p.bias for p in projections], [p.weight[:, 0] for p in projections])
+    x = x.reshape(-1, x.shape[-1])
     args = (
-        x.reshape(-1, x.shape[-1]),
+        x,
         weights,
         autocast.follow(x, biases)[1],
         [p.lora_a for p in projections],
@@ -106,9 +109,10 @@ def mlp_block(
         if reference_chosen():
             y, sums, counts, gates = reference.mlp_block(*args)
         else:
-            y, sums, counts, saved = op.mlp_block_fwd(*args)
+            experts = routers[0].weight.shape[0] if routers else 1
+            form = dispatch.form_for(x, experts, top_k, gate.lora_a.shape[0] // experts)
+            y, sums, counts, saved = op.mlp_block_fwd(*args, form)
             gates = op.gates_of(saved)
-    leading = x.shape[:-1]
     each = tuple(g.detach().view(*leading, g.shape[-1]) for routed in gates for g in routed.unbind(1))
     return MlpOutput(y.view(*leading, y.shape[-1]), sums, counts.detach(), each)
 

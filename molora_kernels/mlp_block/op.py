@@ -27,14 +27,15 @@ def mlp_block_fwd(
     top_k: int,
     scaling: float,
     dropout_p: float,
+    form: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(y, sums, counts, what backward needs)"""
     args = (x, weights, biases, lora_a, lora_b, router_weights, router_biases, selection_biases, mask, dropout_seed)
-    if backend_for(x.device) == "triton":
+    if backend_for(x.device) == "triton" and form == "dense":
         from molora_kernels.mlp_block import forward
 
         return forward.forward(*args, top_k, scaling, dropout_p)
-    return portable.forward(*args, top_k, scaling, dropout_p)
+    return portable.forward(*args, top_k, scaling, dropout_p, form)
 
 
 @mlp_block_fwd.register_fake
@@ -52,12 +53,14 @@ def _(
     top_k: int,
     scaling: float,
     dropout_p: float,
+    form: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     tokens, heads = x.shape[0], len(router_weights)
     dtype = torch.promote_types(torch.float32, x.dtype)
     y = x.new_empty(tokens, weights[2].shape[0])
     pre = [x.new_empty(tokens, weights[i].shape[0]) for i in (0, 1)]
-    shrunk = [x.new_empty(tokens, lora_a[0].shape[0] * 2), x.new_empty(tokens, lora_a[2].shape[0])]
+    ranks = [a.shape[0] if form == "dense" else a.shape[0] // router_weights[0].shape[0] * top_k for a in lora_a]
+    shrunk = [x.new_empty(tokens, 2 * ranks[0]), x.new_empty(tokens, ranks[2])]
     if not heads:
         sums, counts = portable.no_routing(x)
         return y, sums, counts, [*pre, *shrunk, *(x.new_empty(0) for _ in range(4))]
@@ -95,18 +98,20 @@ def mlp_block_bwd(
     top_k: int,
     scaling: float,
     dropout_p: float,
+    form: str,
     need_dx: bool,
     need_dlora: bool,
     need_drouter: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """(dx, da, db, drouter_weights, drouter_biases); what is not needed is empty"""
     args = (dy, dsums, x, weights, lora_a, lora_b, router_weights, saved, mask, dropout_seed, top_k, scaling, dropout_p)
-    if backend_for(x.device) == "triton":
+    needs = (need_dx, need_dlora, need_drouter)
+    if backend_for(x.device) == "triton" and form == "dense":
         from molora_kernels.mlp_block import backward
 
-        return backward.backward(*args, need_dx, need_dlora, need_drouter)
+        return backward.backward(*args, *needs)
     with autocast.off(x):  # backward may be called under autocast, though it should not be
-        return portable.backward(*args, need_dx, need_dlora, need_drouter)
+        return portable.backward(*args, *needs, form)
 
 
 @mlp_block_bwd.register_fake
@@ -124,6 +129,7 @@ def _(
     top_k: int,
     scaling: float,
     dropout_p: float,
+    form: str,
     need_dx: bool,
     need_dlora: bool,
     need_drouter: bool,
@@ -141,7 +147,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     (x, weights, biases, lora_a, lora_b, router_weights, router_biases, selection_biases, mask, dropout_seed,
-     ctx.top_k, ctx.scaling, ctx.dropout_p) = inputs  # fmt: skip
+     *ctx.settings) = inputs  # fmt: skip
     *_, saved = output
     ctx.counts = len(biases), len(router_weights), len(router_biases), len(selection_biases)
     ctx.save_for_backward(x, *weights, *lora_a, *lora_b, *router_weights, mask, dropout_seed, *saved)
@@ -161,7 +167,7 @@ def _backward(
         dy = x.new_zeros(x.shape[0], weights[2].shape[0])
     dx, da, db, drouter, drouter_bias = mlp_block_bwd(
         dy, dsums, x, weights, lora_a, lora_b, router_weights, saved, mask, dropout_seed,
-        ctx.top_k, ctx.scaling, ctx.dropout_p, need_dx, need_dlora, need_drouter,
+        *ctx.settings, need_dx, need_dlora, need_drouter,
     )  # fmt: skip
     return (
         dx if need_dx else None,
@@ -174,9 +180,7 @@ def _backward(
         [None] * selection_biases,
         None,
         None,
-        None,
-        None,
-        None,
+        *(None for _ in ctx.settings),
     )
 
 

@@ -6,11 +6,13 @@ pre-activations, the shrinks, gates and logits. That is less than autograd saves
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from molora_kernels.grouped_lora import portable as grouped_lora
+from molora_kernels.grouped_lora import portable, portable_grouped
 from molora_kernels.router import portable as router
 
 
@@ -28,6 +30,7 @@ def forward(
     top_k: int,
     scaling: float,
     dropout_p: float,
+    form: str = "dense",
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """y, sums, counts, and what backward needs: [h_gate, h_up, s_in, s_down, gates_in, logits_in, gates_down,
     logits_down], of which the gates and logits are empty where there is no such router."""
@@ -37,18 +40,19 @@ def forward(
         selection = torch.stack(selection_biases[part]) if selection_biases else None
         return router.forward(x, torch.stack(router_weights[part]), bias, selection, mask_T, top_k)
 
+    project = functools.partial(portable_grouped.forward, top_k=top_k) if form == "grouped" else portable.forward
     gates_in = logits_in = gates_down = logits_down = None
     sums, counts = no_routing(x_TK)
     if router_weights:
         gates_in, logits_in, sums, counts = route(x_TK, slice(0, 2))
-    (h_gate, h_up), s_in = grouped_lora.forward(
+    (h_gate, h_up), s_in = project(
         x_TK, weights[:2], biases[:2], lora_a[:2], lora_b[:2], gates_in, dropout_seed, scaling, dropout_p, 0
     )
     h = F.silu(h_gate).mul_(h_up)
     if len(router_weights) == 3:
         gates_down, logits_down, sums_down, counts_down = route(h, slice(2, 3))
         sums, counts = torch.cat([sums, sums_down]), torch.cat([counts, counts_down])
-    (y,), s_down = grouped_lora.forward(
+    (y,), s_down = project(
         h, weights[2:], biases[2:], lora_a[2:], lora_b[2:], gates_in if gates_down is None else gates_down,
         dropout_seed, scaling, dropout_p, 1,
     )  # fmt: skip
@@ -73,6 +77,7 @@ def backward(
     need_dx: bool,
     need_dlora: bool,
     need_drouter: bool,
+    form: str = "dense",
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """dx, da, db (3 each), drouter_weights and drouter_biases (one per router); what is not needed is empty."""
     h_gate, h_up, s_in, s_down, *routed = saved
@@ -82,9 +87,10 @@ def backward(
     need_dlogits = bool(router_weights) and (need_dx or need_drouter or need_dlora)
     settings = (dropout_seed, scaling, dropout_p)
 
+    project = functools.partial(portable_grouped.backward, top_k=top_k) if form == "grouped" else portable.backward
     silu = F.silu(h_gate)
     h = silu * h_up
-    dh, da_down, db_down, dgates_down = grouped_lora.backward(
+    dh, da_down, db_down, dgates_down = project(
         [dy_TK], h, weights[2:], lora_a[2:], lora_b[2:], gates_in if gates_down is None else gates_down, s_down,
         *settings, 1, True, need_dlora, need_dlogits,
     )  # fmt: skip
@@ -97,7 +103,7 @@ def backward(
 
     dh_up = silu.mul_(dh)
     dh_gate = torch.ops.aten.silu_backward(dh.mul_(h_up), h_gate)
-    dx, da_in, db_in, dgates_in = grouped_lora.backward(
+    dx, da_in, db_in, dgates_in = project(
         [dh_gate, dh_up], x_TK, weights[:2], lora_a[:2], lora_b[:2], gates_in, s_in,
         *settings, 0, need_dx, need_dlora, need_dlogits,
     )  # fmt: skip

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from molora_kernels import grouped_lora, use_backend
+from molora_kernels import grouped_lora, use_backend, use_form
 from molora_kernels.backend import Backend
+from molora_kernels.grouped_lora.dispatch import Form
 from molora_kernels.testing import assert_within_budget
 
 
@@ -38,6 +39,7 @@ CASES = [
     LoraCase(T=37, K=50, N=(20, 33), E=3, r=5, H=2, bias=True, p=0.1),
     LoraCase(T=70, K=64, N=(30, 8, 8), E=1, r=8, H=0, p=0.3),
     LoraCase(T=33, K=48, N=(17, 40), E=4, r=8, H=1, idle=True, strided=True),
+    LoraCase(T=65, K=32, N=(40, 24), E=5, r=4, H=2, chosen=3),
     LoraCase(T=300, K=40, N=(70,), E=8, r=16, H=1, p=0.05),  # several splits of the tokens
 ]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,6 +56,7 @@ class LoraInputs:
     dys: list[Tensor]
     dropout_p: float
     dropout_seed: Tensor
+    top_k: int | None
 
     def double(self) -> LoraInputs:
         def widened(value: object) -> object:
@@ -99,23 +102,28 @@ def lora_inputs(
         dys=[normal(case.T, n, dtype) for n in case.N],
         dropout_p=case.p,
         dropout_seed=torch.tensor(2**40 + 7, device=device),
+        top_k=min(case.chosen, case.E) if case.H else None,
     )
 
 
-def results(inputs: LoraInputs, backend: Backend) -> dict[str, Tensor]:
+def results(inputs: LoraInputs, backend: Backend, form: Form = "dense") -> dict[str, Tensor]:
     """Outputs, and the gradients of everything that has one."""
     groups = range(len(inputs.weights))
     leaves = {"x": inputs.x, **({} if inputs.gates is None else {"gates": inputs.gates})}
     leaves |= {f"a{g}": inputs.lora_a[g] for g in groups} | {f"b{g}": inputs.lora_b[g] for g in groups}
     leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
-    with use_backend(backend):
+    gates = leaves.get("gates")
+    if gates is not None:  # what the gradient of a gate is that was not chosen differs between forms: not looked at
+        gates = gates.where(gates != 0, 0.0)
+    with use_backend(backend), use_form(form):
         outputs = grouped_lora(
             leaves["x"],
             inputs.weights,
             [leaves[f"a{g}"] for g in groups],
             [leaves[f"b{g}"] for g in groups],
             scaling=2.0,
-            gates=leaves.get("gates"),
+            gates=gates,
+            top_k=inputs.top_k,
             biases=inputs.biases,
             dropout_p=inputs.dropout_p,
             dropout_seed=inputs.dropout_seed,
@@ -126,14 +134,14 @@ def results(inputs: LoraInputs, backend: Backend) -> dict[str, Tensor]:
     return {f"y{g}": y.detach() for g, y in enumerate(outputs)} | named
 
 
-def check(inputs: LoraInputs, backend: Backend) -> None:
+def check(inputs: LoraInputs, backend: Backend, form: Form = "dense") -> None:
     """Every result of the backend within twice the reference's error in the same dtype.
 
     The floor is one rounding of what results are computed from: gradients of fp32 masters too are made of 16-bit
     products where x has 16 bits. In fp32 it is four, for chains of sums over few elements.
     """
     exact, eager = results(inputs.double(), "reference"), results(inputs, "reference")
-    for name, actual in results(inputs, backend).items():
+    for name, actual in results(inputs, backend, form).items():
         roundings = 2 * torch.finfo(inputs.x.dtype).eps / torch.finfo(actual.dtype).eps
         fp32 = inputs.x.dtype == torch.float32
         assert_within_budget(actual, eager[name], exact[name], name, roundings=8 if fp32 else round(roundings))

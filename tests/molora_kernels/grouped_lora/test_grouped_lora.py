@@ -9,40 +9,63 @@ import torch
 from lora_cases import CASES, DTYPES, LoraCase, check, lora_inputs, results
 from torch import Tensor
 
-from molora_kernels import grouped_lora, use_backend
-from molora_kernels.grouped_lora import cost, op, portable
+from molora_kernels import grouped_lora, use_backend, use_form
+from molora_kernels.grouped_lora import cost, op, portable, portable_grouped
+from molora_kernels.grouped_lora.dispatch import Form
 
-SMALL = LoraCase(T=5, K=6, N=(4, 3), E=2, r=2, H=2, p=0.2, bias=True)
+SMALL = LoraCase(T=5, K=6, N=(4, 3), E=2, r=2, H=2, chosen=1, p=0.2, bias=True)
+FORMS: tuple[Form, ...] = ("dense", "grouped")
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize(
+    ("backend", "form"), [("reference", "dense"), ("torch", "dense"), ("torch", "grouped"), ("triton", "dense")]
+)
 @pytest.mark.parametrize("case", [SMALL, LoraCase(T=4, K=5, N=(3,), E=1, r=2, H=0)], ids=str)
-def test_gradients_in_fp64(case: LoraCase, backend: Any) -> None:
+def test_gradients_in_fp64(case: LoraCase, backend: Any, form: Form) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
     i = lora_inputs(case).double()
-    groups = len(case.N)
+    groups, chosen = len(case.N), None if i.gates is None else i.gates != 0
 
     def run(x: Tensor, gates: Tensor | None, *adapters: Tensor) -> tuple[Tensor, ...]:
+        if gates is not None and chosen is not None:
+            gates = gates.where(chosen, 0.0)
         return grouped_lora(
-            x, i.weights, adapters[:groups], adapters[groups:], scaling=2.0, gates=gates, biases=i.biases,
-            dropout_p=i.dropout_p, dropout_seed=i.dropout_seed,
+            x, i.weights, adapters[:groups], adapters[groups:], scaling=2.0, gates=gates, top_k=i.top_k,
+            biases=i.biases, dropout_p=i.dropout_p, dropout_seed=i.dropout_seed,
         )  # fmt: skip
 
     leaves = [t if t is None else t.requires_grad_() for t in (i.x, i.gates, *i.lora_a, *i.lora_b)]
-    with use_backend(backend):
+    with use_backend(backend), use_form(form):
         assert torch.autograd.gradcheck(run, leaves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_torch_backend_follows_the_reference(case: LoraCase, dtype: torch.dtype) -> None:
-    check(lora_inputs(case, dtype), "torch")
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_backend_follows_the_reference(form: Form, case: LoraCase, dtype: torch.dtype) -> None:
+    check(lora_inputs(case, dtype), "torch", form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_chosen_gate_may_underflow_to_zero(form: Form) -> None:
+    inputs = lora_inputs(CASES[4])
+    assert inputs.gates is not None
+    inputs.gates[:5] = 0.0
+    inputs.gates[5:9, :, :3] = 0.0
+    check(inputs, "torch", form)
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[6]], ids=str)
+def test_grouped_form_repeats_bit_for_bit(case: LoraCase) -> None:
+    once, again = (results(lora_inputs(case), "torch", "grouped") for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_torch_backend_with_masters_in_the_dtype_of_x(dtype: torch.dtype) -> None:
-    check(lora_inputs(CASES[2], dtype, masters=dtype), "torch")
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_backend_with_masters_in_the_dtype_of_x(form: Form, dtype: torch.dtype) -> None:
+    check(lora_inputs(CASES[2], dtype, masters=dtype), "torch", form)
 
 
 def test_leading_dimensions_are_kept_and_dropout_is_the_seeds() -> None:
@@ -61,8 +84,10 @@ def test_leading_dimensions_are_kept_and_dropout_is_the_seeds() -> None:
     assert not torch.equal(run((12,), 1), run((12,), 2))
 
 
-@pytest.mark.parametrize("case", [SMALL, LoraCase(T=4, K=5, N=(3,), E=1, r=2, H=0)], ids=str)
-def test_operator(case: LoraCase) -> None:
+@pytest.mark.parametrize(
+    ("case", "form"), [(SMALL, "dense"), (SMALL, "grouped"), (LoraCase(T=4, K=5, N=(3,), E=1, r=2, H=0), "dense")]
+)
+def test_operator(case: LoraCase, form: str) -> None:
     i = lora_inputs(case)
     leaves = [t.requires_grad_() for t in (i.x, *i.lora_a, *i.lora_b)]
     gates = None if i.gates is None else i.gates.requires_grad_()
@@ -78,22 +103,25 @@ def test_operator(case: LoraCase) -> None:
         2.0,
         case.p,
         0,
+        case.chosen,
+        form,
     )
     torch.library.opcheck(op.grouped_lora_fwd, arguments)
 
 
-def test_compiles_without_a_graph_break() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_without_a_graph_break(form: Form) -> None:
     i = lora_inputs(SMALL)
     x = i.x.requires_grad_()
 
     def run(x: Tensor) -> Tensor:
         outputs = grouped_lora(
-            x, i.weights, i.lora_a, i.lora_b, scaling=2.0, gates=i.gates, biases=i.biases,
-            dropout_p=i.dropout_p, dropout_seed=i.dropout_seed,
+            x, i.weights, i.lora_a, i.lora_b, scaling=2.0, gates=i.gates, top_k=i.top_k,
+            biases=i.biases, dropout_p=i.dropout_p, dropout_seed=i.dropout_seed,
         )  # fmt: skip
         return sum((y.square().sum() for y in outputs), x.new_zeros(()))
 
-    with use_backend("torch"):
+    with use_backend("torch"), use_form(form):
         eager = torch.autograd.grad(run(x), x)[0]
         compiled = torch.autograd.grad(torch.compile(run, fullgraph=True, backend="aot_eager")(x), x)[0]
     torch.testing.assert_close(compiled, eager)
@@ -103,25 +131,33 @@ FLAGS = ("need_dx", "need_dlora", "need_dgates")
 
 
 @pytest.mark.parametrize("trained", [("x",), ("lora",), ("gates",), ("x", "gates"), ("lora", "gates")], ids=str)
-def test_only_what_is_trained_is_computed(trained: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_only_what_is_trained_is_computed(
+    form: Form, trained: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     i = lora_inputs(SMALL)
     seen: list[tuple[bool, ...]] = []
 
     def backward(*args: Any) -> Any:
-        seen.append(args[-3:])
+        seen.append(args[11:14])
         return original(*args)
 
-    original = portable.backward
-    monkeypatch.setattr(portable, "backward", backward)
+    module = portable if form == "dense" else portable_grouped
+    original = module.backward
+    monkeypatch.setattr(module, "backward", backward)
     groups = {"x": [i.x], "lora": [*i.lora_a, *i.lora_b], "gates": [i.gates]}
     leaves = [t.requires_grad_() for name in trained for t in groups[name] if t is not None]
-    with use_backend("torch"):
-        outputs = grouped_lora(i.x, i.weights, i.lora_a, i.lora_b, scaling=2.0, gates=i.gates, biases=i.biases)
+    with use_backend("torch"), use_form(form):
+        outputs = grouped_lora(
+            i.x, i.weights, i.lora_a, i.lora_b, scaling=2.0, gates=i.gates, top_k=i.top_k, biases=i.biases
+        )
         grads = torch.autograd.grad(outputs, leaves, i.dys)
     assert seen == [tuple(name in trained for name in ("x", "lora", "gates"))]
     everything = results(lora_inputs(LoraCase(**{**SMALL.__dict__, "p": 0.0})), "torch")
     names = {"x": ["dx"], "lora": ["da0", "da1", "db0", "db1"], "gates": ["dgates"]}
     for name, grad in zip([n for t in trained for n in names[t]], grads, strict=True):
+        if name == "dgates" and i.gates is not None:
+            grad = grad.where(i.gates != 0, 0.0)  # as results() has them
         torch.testing.assert_close(grad, everything[name])
 
 
@@ -136,6 +172,7 @@ def test_only_what_is_trained_is_computed(trained: tuple[str, ...], monkeypatch:
         ({"weights": [torch.zeros(4, 6, requires_grad=True), torch.zeros(3, 6)]}, "requires grad"),
         ({"gates": torch.zeros(5, 3, 2)}, "gates are"),
         ({"gates": torch.zeros(5, 1, 3)}, "gates are"),
+        ({"top_k": 3}, "top_k=3"),
         ({"dropout_p": 1.0}, "dropout_p=1.0"),
         ({"dropout_p": 0.1}, "needs dropout_seed"),
     ],

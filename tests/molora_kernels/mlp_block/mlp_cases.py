@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from molora_kernels import Projection, Router, mlp_block, use_backend
+from molora_kernels import Projection, Router, mlp_block, use_backend, use_form
 from molora_kernels.backend import Backend
+from molora_kernels.grouped_lora.dispatch import Form
 from molora_kernels.testing import assert_within_budget
 
 
@@ -98,13 +99,13 @@ def mlp_inputs(
     )
 
 
-def results(i: MlpInputs, case: MlpCase, backend: Backend) -> dict[str, Tensor]:
+def results(i: MlpInputs, case: MlpCase, backend: Backend, form: Form = "dense") -> dict[str, Tensor]:
     """Outputs, and the gradients of everything that has one."""
     leaves = {"x": i.x}
     for name in ("lora_a", "lora_b", "router_weights", "router_biases"):
         leaves |= {f"{name}{n}": t for n, t in enumerate(getattr(i, name))}
     leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
-    with use_backend(backend):
+    with use_backend(backend), use_form(form):
         out = mlp_block(
             leaves["x"],
             *(
@@ -130,13 +131,13 @@ def results(i: MlpInputs, case: MlpCase, backend: Backend) -> dict[str, Tensor]:
     return {"y": out.y.detach(), "sums": out.sums.detach(), "counts": out.counts} | looked_at | named
 
 
-def check(inputs: MlpInputs, case: MlpCase, backend: Backend) -> None:
+def check(inputs: MlpInputs, case: MlpCase, backend: Backend, form: Form = "dense") -> None:
     """Every result of the backend within twice the reference's error in the same dtype.
 
     The floor is that of grouped LoRA, for a chain of two: on few elements, eager's many roundings can cancel by luck.
     """
     exact, eager = results(inputs.double(), case, "reference"), results(inputs, case, "reference")
-    for name, actual in results(inputs, case, backend).items():
+    for name, actual in results(inputs, case, backend, form).items():
         if not case.H and name in ("sums", "counts"):
             continue
         roundings = 4 * torch.finfo(inputs.x.dtype).eps / torch.finfo(actual.dtype).eps

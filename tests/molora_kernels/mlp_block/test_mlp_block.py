@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from mlp_cases import CASES, DTYPES, MlpCase, MlpInputs, check, mlp_inputs
+from mlp_cases import CASES, DTYPES, MlpCase, MlpInputs, check, mlp_inputs, results
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from molora_kernels import Projection, Router, mlp_block, use_backend
+from molora_kernels import Projection, Router, mlp_block, use_backend, use_form
+from molora_kernels.grouped_lora.dispatch import Form
 from molora_kernels.mlp_block import cost, op, portable
 
+FORMS: tuple[Form, ...] = ("dense", "grouped")
 SMALL = MlpCase(T=5, K=4, inner=6, E=2, r=2, H=3, top_k=1, p=0.2, bias=True)
 
 
@@ -41,24 +44,48 @@ def test_gradients_in_fp64(H: int, backend: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_torch_backend_follows_the_reference(case: MlpCase, dtype: torch.dtype) -> None:
-    check(mlp_inputs(case, dtype), case, "torch")
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_backend_follows_the_reference(form: Form, case: MlpCase, dtype: torch.dtype) -> None:
+    check(mlp_inputs(case, dtype), case, "torch", form)
 
 
-@pytest.mark.parametrize("H", [0, 1, 3])
-def test_operator(H: int) -> None:
+@pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[5]], ids=str)
+def test_grouped_form_repeats_bit_for_bit(case: MlpCase) -> None:
+    once, again = (results(mlp_inputs(case), case, "torch", "grouped") for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_grouped_form_under_activation_checkpointing(use_reentrant: bool) -> None:
+    case = MlpCase(T=33, K=24, inner=40, E=4, r=4, H=3, p=0.1)
+    i = mlp_inputs(case)
+    leaves = [t.requires_grad_() for t in (i.x, *i.lora_a, *i.lora_b, *i.router_weights)]
+
+    def block(x: Tensor) -> Tensor:
+        return block_of(i, case, x)[0]
+
+    with use_backend("torch"), use_form("grouped"):
+        plain = torch.autograd.grad(block(i.x), leaves, i.dy)
+        checkpoint(block, i.x, use_reentrant=use_reentrant).backward(i.dy)
+    assert all(torch.equal(t.grad, grad) for t, grad in zip(leaves, plain, strict=True) if t.grad is not None)
+    assert all(t.grad is not None for t in leaves)
+
+
+@pytest.mark.parametrize(("H", "form"), [(0, "dense"), (1, "dense"), (3, "dense"), (1, "grouped"), (3, "grouped")])
+def test_operator(H: int, form: str) -> None:
     case = MlpCase(**{**SMALL.__dict__, "H": H})
     i = mlp_inputs(case)
     for t in (i.x, *i.lora_a, *i.lora_b, *i.router_weights, *i.router_biases):
         t.requires_grad_()
     arguments = (
         i.x, i.weights, i.biases, i.lora_a, i.lora_b, i.router_weights, i.router_biases, i.selection_biases, i.mask,
-        i.dropout_seed, 1, 2.0, case.p,
+        i.dropout_seed, 1, 2.0, case.p, form,
     )  # fmt: skip
     torch.library.opcheck(op.mlp_block_fwd, arguments)
 
 
-def test_compiles_without_a_graph_break() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_without_a_graph_break(form: Form) -> None:
     i = mlp_inputs(SMALL)
     x = i.x.requires_grad_()
 
@@ -66,19 +93,22 @@ def test_compiles_without_a_graph_break() -> None:
         y, sums = block_of(i, SMALL, x)
         return y.square().sum() + sums.square().sum()
 
-    with use_backend("torch"):
+    with use_backend("torch"), use_form(form):
         eager = torch.autograd.grad(run(x), x)[0]
         compiled = torch.autograd.grad(torch.compile(run, fullgraph=True, backend="aot_eager")(x), x)[0]
     torch.testing.assert_close(compiled, eager)
 
 
 @pytest.mark.parametrize("trained", [("x",), ("lora",), ("routers",), ("x", "routers"), ("lora", "routers")], ids=str)
-def test_only_what_is_trained_is_computed(trained: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_only_what_is_trained_is_computed(
+    form: Form, trained: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     i, everything = mlp_inputs(SMALL), mlp_inputs(SMALL)
     seen: list[tuple[bool, ...]] = []
 
     def backward(*args: Any) -> Any:
-        seen.append(args[-3:])
+        seen.append(args[-4:-1])
         return original(*args)
 
     original = portable.backward
@@ -91,7 +121,7 @@ def test_only_what_is_trained_is_computed(trained: tuple[str, ...], monkeypatch:
         flat = iter(torch.autograd.grad(y, [t for group in leaves for t in group], i.dy))
         return {name: tuple(next(flat) for _ in group) for name, group in zip(names, leaves, strict=True)}
 
-    with use_backend("torch"):
+    with use_backend("torch"), use_form(form):
         some, all_of_them = grads_of(i, trained), grads_of(everything, ("x", "lora", "routers"))
     assert seen[0] == tuple(name in trained for name in ("x", "lora", "routers"))
     for name in trained:

@@ -1,0 +1,88 @@
+"""Which form of the expert computation runs: every expert on every token, or the chosen ones on tokens sorted by them.
+
+- ``dense``: the E experts of a projection are one LoRA of rank E * r whose intermediate the gates mask. No token moves,
+  and E / k times the necessary products are computed.
+- ``grouped``: tokens are sorted by the experts they chose and only those are computed. Rows are gathered and scattered.
+- ``auto``: :func:`choose_form` decides, from shapes alone.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Form = Literal["auto", "dense", "grouped"]
+Resolved = Literal["dense", "grouped"]
+
+_choice: Form = "auto"
+
+RIDGE = {80: 156, 86: 76, 89: 164, 90: 295, 100: 281, 120: 117}
+"""FLOP per byte of memory traffic at which 16-bit products and memory take equally long, from data sheets (A100, 3090,
+4090, H100, B200, 5090)."""
+
+
+class use_form:
+    """Choose the form of routed experts for all calls from here on, or for a ``with`` block.
+
+    >>> use_form("dense")            # doctest: +SKIP
+    >>> with use_form("grouped"):    # doctest: +SKIP
+    ...     y = mlp_block(...)
+
+    A backward runs the form of its forward. Where there is nothing to choose (no gates, ``top_k`` not given or all
+    experts chosen) the form is dense. Raises ``ValueError`` for an unknown name.
+    """
+
+    def __init__(self, name: Form) -> None:
+        global _choice
+        if name not in get_args(Form):
+            raise ValueError(f"unknown form {name!r}: choose one of {', '.join(get_args(Form))}")
+        self._name: Form = name
+        self._previous: Form = _choice
+        _choice = name
+
+    def __enter__(self) -> use_form:
+        global _choice
+        _choice = self._name
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _choice
+        _choice = self._previous
+
+
+def form_for(x: Tensor, experts: int, top_k: int | None, rank: int) -> Resolved:
+    """The form that flat tokens ``x`` (T, K) take under the present choice; ``rank`` is one expert's."""
+    if top_k is None or top_k >= experts:
+        return "dense"
+    if _choice != "auto":
+        return _choice
+    capability = None
+    if x.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(x.device)  # which, unlike the capability, torch.compile can trace
+        capability = (properties.major, properties.minor)
+    return choose_form(x.shape[0], experts, top_k, rank, x.dtype, x.device.type, capability)
+
+
+def choose_form(
+    tokens: int,
+    experts: int,
+    top_k: int,
+    rank: int,
+    dtype: torch.dtype,
+    device_type: str,
+    capability: tuple[int, int] | None = None,
+) -> Resolved:
+    """The faster form, forward and backward together. Both cost in proportion to the features, so these do not count.
+
+    CUDA, a model that is **not measured**: dense computes ``6 (E - k) r`` FLOPs per token and feature too many, grouped
+    moves about ``6 k`` elements of 16 bits per token and feature more. They are equal at ``(E - k) r = k * ridge``.
+    """
+    if top_k >= experts:
+        return "dense"
+    if device_type == "cuda":
+        major, minor = capability or (0, 0)
+        ridge = RIDGE.get(10 * major + minor, RIDGE[90])  # unknown GPUs: the largest, so dense, which moves no tokens
+        return "grouped" if (experts - top_k) * rank > top_k * ridge else "dense"
+    return "dense"

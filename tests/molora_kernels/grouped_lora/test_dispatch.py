@@ -1,0 +1,74 @@
+"""The rule that chooses a form, how it is overruled, and the groups that tokens are sorted into."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from molora_kernels import grouped_lora, use_form
+from molora_kernels.grouped_lora import dispatch, order
+from molora_kernels.grouped_lora.dispatch import Resolved, choose_form
+
+
+@pytest.mark.parametrize(
+    ("experts", "capability", "form"),
+    [
+        (4, (8, 0), "dense"),
+        (4, (8, 6), "dense"),
+        (8, (8, 6), "grouped"),
+        (12, (8, 9), "dense"),
+        (16, (8, 9), "grouped"),
+        (16, (9, 0), "dense"),
+        (32, (9, 0), "grouped"),
+        (16, (13, 7), "dense"),  # unknown
+    ],
+)
+def test_on_a_gpu_many_experts_are_grouped(experts: int, capability: tuple[int, int], form: Resolved) -> None:
+    assert choose_form(8192, experts, 2, 32, torch.bfloat16, "cuda", capability) == form
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_with_all_experts_chosen_there_is_nothing_to_group(device: str) -> None:
+    assert choose_form(8192, 64, 64, 64, torch.float32, device, (8, 0)) == "dense"
+
+
+def test_the_rule_can_be_overruled_and_this_undone() -> None:
+    x = torch.zeros(8, 4)
+    for form in ("dense", "grouped"):
+        with use_form(form):
+            assert dispatch.form_for(x, 4, 2, 8) == form
+            assert dispatch.form_for(x, 4, None, 8) == dispatch.form_for(x, 4, 4, 8) == "dense"
+    assert dispatch.form_for(x, 4, 2, 8) == choose_form(8, 4, 2, 8, x.dtype, "cpu")
+    with pytest.raises(ValueError, match="choose one of"):
+        use_form("sparse")  # type: ignore[arg-type]
+
+
+def test_backward_runs_the_form_of_its_forward() -> None:
+    gates = torch.tensor([[[0.4, 0.6, 0.0]], [[0.0, 0.7, 0.3]]])
+    x, a, b = torch.randn(2, 8, requires_grad=True), torch.randn(6, 8), torch.randn(5, 6)
+    with use_form("grouped"):
+        (y,) = grouped_lora(x, [torch.randn(5, 8)], [a], [b], scaling=1.0, gates=gates, top_k=2)
+        (inside,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+    with use_form("dense"):
+        (outside,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(inside, outside)
+
+
+@pytest.mark.parametrize(("experts", "top_k", "visits"), [(4, 2, 1), (5, 3, 1), (8, 2, 2), (3, 1, 1)])
+def test_groups_hold_each_token_with_the_experts_it_chose(experts: int, top_k: int, visits: int) -> None:
+    gates = torch.randn(50, experts, generator=torch.Generator().manual_seed(0))  # of either sign
+    dropped = gates.abs().argsort(1)[:, : experts - top_k]
+    gates.scatter_(1, dropped, 0.0)
+    chosen = torch.zeros_like(gates, dtype=torch.bool)
+    seen = torch.zeros(50, dtype=torch.int64)
+    for group in order.groups_of(gates, top_k):
+        seen[group.rows] += 1
+        for e in group.experts:
+            chosen[group.rows, e] = True
+    assert torch.equal(chosen, gates != 0) and (seen == visits).all()
+
+
+def test_zeros_are_chosen_by_index_where_too_few_gates_are_not_zero() -> None:
+    (group,) = order.groups_of(torch.tensor([[0.0, 0.0, 1.0, 0.0]] * 3), 2)
+    assert group.experts == (0, 2) and group.rows.tolist() == [0, 1, 2]
+    assert order.groups_of(torch.zeros(0, 4), 2) == []
