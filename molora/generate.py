@@ -2,6 +2,7 @@
 
     python -m molora.generate --model outputs/quickstart/stage2/final --prompt "What is 12 + 30 - 7?"
     python -m molora.generate --model outputs/quickstart/stage2/final
+    python -m molora.generate --model outputs/quickstart/stage2/final --show-routing --routing-layer 12
 
 Shape letters: B rows, P tokens of a prompt or of its beginning.
 """
@@ -15,12 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
-from molora import chat, cli
+from molora import chat, cli, routing
 from molora.adapter import load
 from molora.chat import Message
+from molora.colours import COLOURS, colour, ink
 from molora.errors import UserError
 
 ROUND = 16
@@ -200,7 +206,7 @@ def answer(
     messages: Sequence[Message],
     max_new_tokens: int = 512,
     temperature: float = 0.0,
-    streamer: TextStreamer | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> str:
     """The model's next message in a conversation; ``temperature`` 0 is greedy. ``streamer`` gets it word by word."""
     config = _greedy(tokenizer, max_new_tokens)
@@ -212,6 +218,96 @@ def answer(
     return decode(tokenizer, out.sequences[0, prompt.shape[1] :].tolist())
 
 
+class RoutingStreamer(BaseStreamer):
+    """Writes an answer as it comes, each token on the colour of its leading expert at one router.
+
+    A token's own routing is known when the model reads it, which is one step after it was written; the last token is
+    never read and stays plain. Where colours are missing or would repeat, ``<e>`` stands where expert e takes over.
+
+    Args:
+        seen: what :func:`molora.routing.observing` gives for the forwards of this answer.
+        router: row of the router in the records.
+        experts: how many it chooses from.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        console: Console,
+        seen: list[routing.Record],
+        router: int,
+        experts: int,
+    ) -> None:
+        self.tokenizer, self.console, self.seen, self.router, self.experts = tokenizer, console, seen, router, experts
+        # The 16 colours of plain terminals are too few to tell eight experts apart.
+        self.marks = console.no_color or console.color_system not in ("256", "truecolor") or experts > len(COLOURS)
+        self.leaders: list[int] = []
+        """The leading expert of each token that was read."""
+        self._started = False
+        self._tokens: list[int] = []
+        self._written = 0  # characters of the answer
+
+    def put(self, value: Tensor) -> None:
+        if self._started and self._tokens:
+            self._read_last()
+        elif not self._started:
+            self._started = True  # the prompt, which is not shown
+            return
+        self._tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self._write(None)
+        self.console.print()
+
+    def _read_last(self) -> None:
+        gates = self.seen[-1].gates
+        assert gates is not None
+        self.seen.clear()
+        leader = int(gates[self.router, 0, -1].argmax())
+        self._write(leader)
+        self.leaders.append(leader)
+
+    def _write(self, leader: int | None) -> None:
+        """What the tokens so far add to the text, unless they end within a character."""
+        text = self.tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        new = text[self._written :]
+        if not new or (leader is not None and new.endswith("\ufffd")):
+            return
+        self._written = len(text)
+        marked = self.marks and leader is not None and self.leaders[-1:] != [leader]
+        style = Style() if leader is None else _style(leader)
+        self.console.print(Text(f"<{leader}>" if marked else "").append(new, style), end="", soft_wrap=True)
+
+    def legend(self, name: str) -> Text:
+        """Which router this was, and each expert's share of the tokens that were read."""
+        legend = Text(f"leading expert of each token at {name}:")
+        for expert in range(self.experts):
+            share = self.leaders.count(expert) / max(len(self.leaders), 1)
+            legend.append("  ").append(f" {expert} ", _style(expert)).append(f" {share:.0%}")
+        return legend.append(" of tokens")
+
+
+def _style(expert: int) -> Style:
+    return Style(color=ink(colour(expert)), bgcolor=colour(expert))
+
+
+def pick_router(names: Sequence[str], layer: int | None, projection: str | None) -> int:
+    """The row of a router by decoder layer and kind of projection; by default the first kind, in the middle layer.
+
+    Raises :class:`UserError` for a model without routers, or without this one.
+    """
+    kinds = routing.by_kind(names)
+    if not kinds:
+        raise UserError("--show-routing: this model has no routers; give a stage's final/ folder")
+    if projection is not None and projection not in kinds:
+        raise UserError(f"--routing-projection {projection}: no such router; this model has {', '.join(kinds)}")
+    rows = kinds[projection or next(iter(kinds))]
+    if layer is not None and layer not in rows:
+        raise UserError(f"--routing-layer {layer}: no router there; layers with one: {', '.join(map(str, rows))}")
+    return rows[list(rows)[len(rows) // 2] if layer is None else layer]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ``arguments`` default to the process's own. Raises :class:`UserError` for bad input."""
     options = _parse(arguments)
@@ -221,11 +317,21 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--temperature {options.temperature}: must be 0 (greedy) or a positive number")
     torch.manual_seed(options.seed)
     model, tokenizer = load(options.model, device=options.device)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    console = Console(highlight=False)
+    names = routing.names(model) if options.show_routing and hasattr(model, "molora") else []
+    router = pick_router(names, options.routing_layer, options.routing_projection) if options.show_routing else None
     system: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
 
     def reply(messages: list[Message]) -> str:
-        return answer(model, tokenizer, messages, options.max_new_tokens, options.temperature, streamer)
+        settings = (messages, options.max_new_tokens, options.temperature)
+        if router is None:
+            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            return answer(model, tokenizer, *settings, streamer)
+        with routing.observing(model) as seen:
+            shown = RoutingStreamer(tokenizer, console, seen, router, routing.ledger_of(model).experts)
+            text = answer(model, tokenizer, *settings, shown)
+        console.print(shown.legend(names[router]), soft_wrap=True)
+        return text
 
     if options.prompt is not None:
         reply([*system, {"role": "user", "content": options.prompt}])
@@ -261,6 +367,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
+    parser.add_argument(
+        "--show-routing", action="store_true", help="colour each token by its leading expert; NO_COLOR=1 marks it <e>"
+    )
+    parser.add_argument("--routing-layer", type=int, metavar="N", help="whose router (default: the middle layer's)")
+    parser.add_argument("--routing-projection", metavar="NAME", help="such as down_proj (default: the first kind)")
     return parser.parse_args(arguments)
 
 

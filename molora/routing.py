@@ -12,6 +12,7 @@ Shape letters: R routers of the model, E experts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,6 +90,17 @@ def ledger_of(model: nn.Module) -> Ledger:
 def names(model: nn.Module) -> list[str]:
     """Router names in the order of every record's rows, e.g. ``model.layers.0.mlp.gate_proj``."""
     return list(ledger_of(model).names)
+
+
+def by_kind(names: Sequence[str]) -> dict[str, dict[int, int]]:
+    """Kind of projection -> decoder layer -> row in every record, layers rising; a name without a layer number is a
+    kind of its own."""
+    kinds: dict[str, dict[int, int]] = {}
+    for row, name in enumerate(names):
+        match = re.search(r"\.(\d+)\.(.+)$", name)
+        layer, kind = (int(match[1]), match[2].removeprefix("mlp.")) if match else (0, name)
+        kinds.setdefault(kind, {})[layer] = row
+    return {kind: dict(sorted(rows.items())) for kind, rows in kinds.items()}
 
 
 def record(model: nn.Module, attention_mask: Tensor, *, per_token: bool = False) -> Record:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from molora import chat, generate
+import molora
+from molora import chat, generate, routing
 from molora.errors import UserError
 
 QUESTIONS = ["what is one", "is it a plain answer in a few words", "the sum of two three four", "six", "what"]
@@ -144,3 +146,101 @@ def test_command_line_converses(
 def test_command_line_refuses(bad: list[str]) -> None:
     with pytest.raises(UserError, match=bad[0]):
         generate.main(["--model", "x", *bad])
+
+
+@pytest.fixture(scope="module")
+def routed_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("routed")
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model, tokenizer = molora.load(tiny_model_dir, device="cpu")
+        molora.save_adapter(molora.inject(model, {"lora_r": 4, "init_b_std": 1.0}), folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_routing_of_an_answer_is_that_of_the_whole_text(
+    routed_dir: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, tokenizer = molora.load(routed_dir, device="cpu")
+    question = [{"role": "user", "content": "what is one"}]
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    with routing.observing(model) as seen:
+        shown = generate.RoutingStreamer(tokenizer, console, seen, 4, 4)
+        text = generate.answer(model, tokenizer, question, max_new_tokens=12, streamer=shown)
+    prompt = chat.encode_prompt(tokenizer, question)
+    with torch.no_grad():
+        ids = model.generate(
+            torch.tensor([prompt]), generation_config=generate._greedy(tokenizer, 12)
+        ).sequences  # fmt: skip
+        record = routing.record(model, torch.ones_like(ids), per_token=True)
+        with routing.using(model, record):
+            model(ids)
+    assert shown.leaders == record.gates[4, 0, len(prompt) : -1].argmax(-1).tolist()
+    assert len(set(shown.leaders)) > 1
+    assert text
+
+
+def written(console: Console, tokenizer: PreTrainedTokenizerFast, text: str, leaders: list[int], experts: int) -> str:
+    """What a streamer writes for the tokens of ``text`` when the router's leaders are these."""
+    seen: list[routing.Record] = []
+    shown = generate.RoutingStreamer(tokenizer, console, seen, 0, experts)
+    shown.put(torch.zeros(1, 3, dtype=torch.int64))
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    assert len(tokens) == len(leaders) + 1
+    for token, leader in zip(tokens, [None, *leaders], strict=True):
+        if leader is not None:
+            gates = torch.zeros(1, 1, 1, experts)
+            gates[..., leader] = 1.0
+            seen.append(routing.Record(*[torch.zeros(())] * 5, gates=gates))
+        shown.put(torch.tensor([token]))
+    shown.end()
+    assert shown.leaders == leaders
+    return console.file.getvalue()
+
+
+def test_routing_in_colour_and_without(
+    chat_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    text, leaders = "what is [b]", [0, 1, 1, 2, 2]
+
+    def on(experts: int = 4, **settings) -> str:
+        console = Console(file=io.StringIO(), width=200, **settings)
+        return written(console, chat_tokenizer, text, leaders, experts)
+
+    assert on() == "<0>what<1> is <2>[b]\n"  # no terminal
+    coloured = on(force_terminal=True, color_system="truecolor")
+    assert "48;2;0;114;178mwhat" in coloured and "<0>" not in coloured
+    assert "<0>" in on(9, force_terminal=True, color_system="truecolor")
+    assert "<0>" in on(force_terminal=True, color_system="standard")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert on(force_terminal=True, color_system="truecolor") == on()
+
+
+def test_characters_of_several_tokens_are_written_whole(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "é한"
+    tokens = chat_tokenizer(text, add_special_tokens=False).input_ids
+    assert len(tokens) == 5
+    shown = written(Console(file=io.StringIO(), width=200), chat_tokenizer, text, [0, 1, 2, 3], 4)
+    assert shown == "<1>é한\n"
+
+
+def test_command_line_shows_routing(routed_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", str(routed_dir), "--prompt", "what is one", "--max-new-tokens", "6", "--device", "cpu"]
+    generate.main([*arguments, "--show-routing", "--routing-layer", "1", "--routing-projection", "down_proj"])
+    assert "leading expert of each token at model.layers.1.mlp.down_proj:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [(["--routing-layer", "7"], "layers with one: 0, 1"), (["--routing-projection", "o_proj"], "gate_proj, up_proj")],
+)
+def test_command_line_refuses_a_router_that_is_not_there(routed_dir: Path, bad: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        generate.main(["--model", str(routed_dir), "--prompt", "x", "--device", "cpu", "--show-routing", *bad])
+
+
+def test_command_line_refuses_to_show_routing_of_a_base_model(tiny_model_dir: Path) -> None:
+    with pytest.raises(UserError, match="no routers"):
+        generate.main(["--model", str(tiny_model_dir), "--prompt", "x", "--device", "cpu", "--show-routing"])
