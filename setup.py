@@ -39,6 +39,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "accelerate>=1.0",
+            "trl>=1.16",
             "ruff>=0.12",
             "pyright[nodejs]>=1.1.400",
             "pre-commit>=4",

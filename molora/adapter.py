@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -203,8 +203,10 @@ def is_adapter(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() or (folder / WEIGHTS).is_file()
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> Path:
+def save_adapter(model: nn.Module, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> Path:
     """Write the model's LoRA and router tensors and their manifest to ``folder``, which is created.
+
+    ``state_dict`` holds the tensors where the model's own are sharded; by default the model's own are written.
 
     Both files are written aside and flushed to disk before either takes its place, the manifest last: a folder with a
     manifest is whole.
@@ -222,7 +224,10 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in _adapter_tensors(model)}
+    own = _adapter_tensors(model)
+    if state_dict is not None:
+        own = [(name, state_dict[name]) for name, _ in own]
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in own}
     asides = [folder / (name + ".tmp") for name in (WEIGHTS, MANIFEST)]
     try:
         _write_aside(asides, tensors, base, model, state)

@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from molora import hooks
 from molora.config import Config, Group, Injection, MoE, check
 from molora.errors import UserError
 from molora.families import Family, family_of
@@ -31,6 +33,8 @@ class State:
     """(parent, attribute, original module)"""
     unfrozen: list[nn.Parameter] = field(default_factory=list)
     """Base parameters that required grad before."""
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    """Of :mod:`molora.hooks`."""
 
 
 def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe: MoE | None = None) -> AnyModel:
@@ -42,7 +46,9 @@ def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe:
         moe: the router settings where ``config`` does not hold them.
 
     Returns:
-        ``model``. With ``init_b_std = 0`` its outputs are bit for bit those from before.
+        ``model``. With ``init_b_std = 0`` its logits are bit for bit those from before. While it trains,
+        ``outputs.loss`` has the router losses in it and ``outputs.aux_loss`` has them apart (:mod:`molora.hooks`);
+        ``save_pretrained`` writes the adapter alone.
 
     Raises:
         UserError: an architecture without plain decoder layers, a keyword that matches no projection, a layer index
@@ -72,7 +78,7 @@ def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe:
     for i in indices:
         _patch_layer(state, family, f"{family.layers}.{i}", layers.get_submodule(str(i)), plan[i], fused)
     model.molora = state  # type: ignore[assignment] # a plain attribute, not a submodule
-    model.save_pretrained = _refuse_save_pretrained  # type: ignore[assignment]
+    hooks.attach(model, state)
     return model
 
 
@@ -90,7 +96,8 @@ def remove(model: AnyModel) -> AnyModel:
         setattr(parent, name, original)
     for parameter in state.unfrozen:
         parameter.requires_grad_(True)
-    del model.molora, model.save_pretrained
+    hooks.detach(model, state)
+    del model.molora
     return model
 
 
@@ -103,14 +110,6 @@ def parameter_groups(model: nn.Module) -> dict[Group, list[tuple[str, nn.Paramet
         elif isinstance(module, LoraLinear):
             groups[module.group] += [(f"{path}.{name}", p) for name, p in module.named_parameters(recurse=False)]
     return groups
-
-
-def _refuse_save_pretrained(*_args: object, **_kwargs: object) -> None:
-    """Stands in for the method of a patched model, whose parameter names ``from_pretrained`` would not recognise."""
-    raise UserError(
-        "save_pretrained would write a patched model that from_pretrained cannot read; use "
-        "molora.save_adapter(model, folder) for the adapter, or molora.remove(model) first for the base"
-    )
 
 
 # --- planning ----------------------------------------------------------------------------------------------------

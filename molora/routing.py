@@ -38,6 +38,8 @@ class Record:
     """(R, E) fp32."""
     gradient: Tensor
     """(R, 1 + E) fp32: d loss / d sums; zero until :func:`combine` writes it; the layers' backward reads it."""
+    automatic: bool = False
+    """Whether the model's own hooks keep it (:mod:`molora.hooks`), and not the loop around the model."""
     gates: Tensor | None = None
     """(R, batch, sequence, E) fp32, where asked for: each token's weight of each expert, zero where not chosen."""
 

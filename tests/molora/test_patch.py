@@ -257,17 +257,6 @@ def test_masters_stay_fp32_when_the_model_is_cast(base):
     assert all(p.dtype == torch.float64 for p in adapters)
 
 
-def test_save_pretrained_of_a_patched_model_is_refused_and_comes_back(base, tmp_path):
-    model = copy.deepcopy(base)
-    molora.inject(model, {"lora_r": 4})
-    with pytest.raises(molora.UserError, match="save_adapter"):
-        copy.deepcopy(model).save_pretrained(tmp_path / "ruined")
-    assert not (tmp_path / "ruined").exists()
-    molora.remove(model).save_pretrained(tmp_path / "base")
-    again = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), base.parameters(), strict=True))
-
-
 def test_autocast_runs_the_patched_model_as_it_runs_the_base(base, batch):
     model = copy.deepcopy(base)
     with torch.autocast("cpu", dtype=torch.bfloat16):

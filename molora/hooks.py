@@ -1,0 +1,165 @@
+"""What a patched model does by itself, so that any trainer can train it: it brings the router losses to the loss that
+it returns, and saves its adapter alone.
+
+Two forward hooks do the first. They keep a :class:`~molora.routing.Record` of each forward that is given labels, form
+the router losses from it, and return them as Mixtral does: inside ``outputs.loss`` while training, and apart as
+``outputs.aux_loss``. The gradient is that of :mod:`molora.routing`, injected in backward; an identity on the outputs,
+which backward passes before it reaches any layer, reads how much the trainer weighs the losses (a share of an
+accumulated step, a gradient scaler) and makes the record current again for layers that are recomputed.
+
+A loop that keeps its own records (:func:`molora.routing.using`, as ``molora.trainer`` does) is left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from molora import routing
+from molora.errors import UserError
+
+if TYPE_CHECKING:
+    from molora.patch import State
+
+
+def attach(model: nn.Module, state: State) -> None:
+    """Make ``model``, patched as ``state`` says, bring its router losses and save its adapter alone."""
+    if state.routers:
+        state.hooks.append(model.register_forward_pre_hook(_begin, with_kwargs=True))
+        state.hooks.append(model.register_forward_hook(_end, with_kwargs=True, always_call=True))
+        # How transformers' mixtures announce outputs.aux_loss; TRL's trainers look for these two. The coefficients of
+        # the two router losses are in the value already.
+        config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr] # its own, if there is but one
+        config.output_router_logits, config.router_aux_loss_coef = True, 1.0
+    model.save_pretrained = types.MethodType(_save_pretrained, model)
+
+
+def detach(model: nn.Module, state: State) -> None:
+    """Undo :func:`attach`."""
+    for handle in state.hooks:
+        handle.remove()
+    if state.routers:
+        del model.config.output_router_logits, model.config.router_aux_loss_coef
+    del model.save_pretrained
+
+
+# --- router losses -----------------------------------------------------------------------------------------------
+
+
+def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ledger = routing.ledger_of(model)
+    if ledger.current is not None and not ledger.current.automatic:
+        return args, kwargs
+    ledger.current = None
+    asked = kwargs.get("output_router_logits")
+    if asked:  # by TRL, for outputs.aux_loss; there are no logits of all routers to return
+        kwargs = kwargs | {"output_router_logits": False}
+    if asked or kwargs.get("labels") is not None or (model.training and torch.is_grad_enabled()):
+        ids = next(x for x in (kwargs.get("input_ids"), *args[:1], kwargs.get("inputs_embeds")) if x is not None)
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if not isinstance(mask, Tensor) or mask.shape != ids.shape[:2]:  # packed rows, or a mask that is made already
+            mask = torch.ones(ids.shape[:2], device=ids.device)
+        ledger.current = routing.record(model, mask)
+        ledger.current.automatic = True
+    return args, kwargs
+
+
+def _end(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    ledger = routing.ledger_of(model)
+    record = ledger.current
+    if record is None or not record.automatic:
+        return None
+    ledger.current = None
+    if output is None:  # the forward raised
+        return None
+    losses = routing.combine(model, [record])
+    is_tuple = isinstance(output, tuple)
+    names = range(len(output)) if is_tuple else list(output.keys())
+    graph = [n for n in names if isinstance(output[n], Tensor) and output[n].requires_grad]
+    new: dict[Any, Any] = {}
+    aux_loss = losses.total
+    if graph and torch.is_grad_enabled():
+        aux_loss, *passed = _PassOn.apply(model, record, aux_loss, *(output[n] for n in graph))  # type: ignore[misc]
+        new = dict(zip(graph, passed, strict=True))
+    loss = 0 if is_tuple and kwargs.get("labels") is not None else "loss"
+    if loss in new and model.training:
+        new[loss] = new[loss] + aux_loss * _share(kwargs)
+    if is_tuple:
+        return tuple(new.get(n, output[n]) for n in names)
+    for name, tensor in new.items():
+        output[name] = tensor
+    # An attribute and not an item: whoever collects all outputs as logits of the batch must not find it there.
+    output.aux_loss = aux_loss
+    return output
+
+
+def _share(kwargs: Mapping[str, Any]) -> Tensor | float:
+    """The forward's part of an accumulated step. transformers' Trainer tells models how many labels the whole step has
+    and then divides by nothing more."""
+    labels, of_step = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+    if labels is None or of_step is None:
+        return 1.0
+    return (labels[..., 1:] != -100).sum() / of_step
+
+
+class _PassOn(torch.autograd.Function):
+    """Outputs as they are, and the value of the router losses, whose upstream gradient is their weight."""
+
+    @staticmethod
+    def forward(ctx: Any, model: nn.Module, record: routing.Record, total: Tensor, *outputs: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.model, ctx.record, ctx.unit = model, record, record.gradient.clone()
+        record.gradient.zero_()  # what does not come through here has no router losses in it
+        return total.clone(), *(output.view_as(output) for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor | None, *d_outputs: Tensor | None) -> Any:
+        record = ctx.record
+        if weight is None:
+            warnings.warn(
+                "the routers of this model train without their losses: the training loss was not made from "
+                "outputs.loss and leaves out outputs.aux_loss; add it",
+                stacklevel=2,
+            )
+        else:
+            record.gradient.copy_(ctx.unit * weight)
+        routing.ledger_of(ctx.model).current = record
+        Variable._execution_engine.queue_callback(functools.partial(_backward_done, ctx.model, record))
+        return None, None, None, *d_outputs
+
+
+def _backward_done(model: nn.Module, record: routing.Record) -> None:
+    ledger = routing.ledger_of(model)
+    if ledger.current is record:
+        ledger.current = None
+    # Nobody says here when the optimizer steps, so loss-free balancing moves with every micro-batch.
+    routing.step_bias(model, [record], model.molora.moe)  # type: ignore[union-attr, arg-type] # set by inject
+
+
+# --- saving ------------------------------------------------------------------------------------------------------
+
+
+def _save_pretrained(
+    self: nn.Module,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    **_of_whole_models: Any,
+) -> None:
+    """Stands in for the method of a patched model, whose parameter names ``from_pretrained`` would not recognise:
+    writes what :func:`molora.save_adapter` writes. Options about shards and weights of whole models have no effect."""
+    from molora.adapter import save_adapter  # which imports patch, which imports this module
+
+    if push_to_hub:
+        raise UserError("save_pretrained(push_to_hub=True) is not available here; use model.push_to_hub(name)")
+    if is_main_process:
+        save_adapter(self, save_directory, state_dict)
