@@ -37,17 +37,19 @@ def attach(model: nn.Module, state: State) -> None:
         state.hooks.append(model.register_forward_hook(_end, with_kwargs=True, always_call=True))
         # How transformers' mixtures announce outputs.aux_loss; TRL's trainers look for these two. The coefficients of
         # the two router losses are in the value already.
-        config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr] # its own, if there is but one
-        config.output_router_logits, config.router_aux_loss_coef = True, 1.0
-    model.save_pretrained = types.MethodType(_save_pretrained, model)
+        config: Any = model.config
+        text_config = config.get_text_config()  # the config itself, where a model does nothing but text
+        text_config.output_router_logits, text_config.router_aux_loss_coef = True, 1.0
+    model.save_pretrained = types.MethodType(_save_pretrained, model)  # type: ignore[assignment]
 
 
 def detach(model: nn.Module, state: State) -> None:
     """Undo :func:`attach`."""
     for handle in state.hooks:
         handle.remove()
-    if state.routers:
-        del model.config.output_router_logits, model.config.router_aux_loss_coef
+    config: Any = model.config
+    for name in ("output_router_logits", "router_aux_loss_coef"):
+        config.get_text_config().__dict__.pop(name, None)
     del model.save_pretrained
 
 
