@@ -124,7 +124,9 @@ class SharedInput:
                 "this projection is a replica without the ones that share its input, as nn.DataParallel makes them; "
                 "use DistributedDataParallel, one process a device"
             )
-        state = (None if x.is_inference() else x._version, torch.is_grad_enabled(), member.training)
+        # torch.compile traces neither; within one graph the tensor that layers hand on is not changed in place.
+        unversioned = torch.compiler.is_compiling() or x.is_inference()
+        state = (None if unversioned else x._version, torch.is_grad_enabled(), member.training)
         if self._x is not x or self._state != state or i not in self._waiting:
             self._x, self._state, self._waiting = x, state, dict(enumerate(self._compute(x)))
         y = self._waiting.pop(i)

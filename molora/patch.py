@@ -112,6 +112,24 @@ def parameter_groups(model: nn.Module) -> dict[Group, list[tuple[str, nn.Paramet
     return groups
 
 
+def compile_layers(model: nn.Module, **options: Any) -> None:
+    """Compile each decoder layer with ``torch.compile``, in place; patched or not, in any mode.
+
+    A layer is one graph, adapters and routers included. Where activations are recomputed in backward, attention and MLP
+    are a graph each: the recomputing stays outside of them, since it runs what it holds twice, records included.
+
+    Args:
+        model: as for :func:`inject`. Activation checkpointing, if wanted, is on already.
+        options: for ``torch.compile``, such as ``mode`` or ``fullgraph``.
+    """
+    family = family_of(model)
+    for layer in model.get_submodule(family.layers).children():
+        recomputed = getattr(layer, "gradient_checkpointing", False)
+        parts = [child for _, child in layer.named_children()] if recomputed else [layer]
+        for part in parts:
+            part.compile(**options)
+
+
 # --- planning ----------------------------------------------------------------------------------------------------
 
 Plan = dict[str, Group]

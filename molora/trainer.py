@@ -24,7 +24,7 @@ from molora.config import Config
 from molora.data import Batch, Row
 from molora.errors import UserError
 from molora.loss import causal_lm_loss
-from molora.patch import parameter_groups
+from molora.patch import compile_layers, parameter_groups
 
 
 class Trainer:
@@ -47,6 +47,8 @@ class Trainer:
         molora_kernels.use_form(config.kernels.form)
         self.model, self.tokenizer = adapter.build(config)
         checkpoint_activations(self.model, config.model.gradient_checkpointing)
+        if config.model.compile:
+            compile_layers(self.model)
         # Saved with the adapter, so that every program that loads it speaks the format that was trained.
         chat.settle_template(self.tokenizer)
         self.collate = data.Collate(self.tokenizer)
