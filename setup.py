@@ -33,6 +33,7 @@ setup(
             "math-verify>=0.8",
             "matplotlib>=3.8",
         ],
+        "data": ["datasets>=4", "math-verify>=0.8", "matplotlib>=3.8"],
         "track": ["tensorboard>=2.16"],
         "dev": [
             "pytest>=8",

@@ -4,8 +4,9 @@
 #
 #   MODEL=meta-llama/Llama-3.2-3B OUTPUT=outputs/reasoning configs/run_llama32_pipeline_reasoning.sh
 #
-# Run it in the repository's root. Every variable below can be set from outside. A stage that is finished is not
-# trained again, and one that was interrupted goes on from its newest checkpoint: the script can simply be run again.
+# Run it in the repository's root. Every variable below can be set from outside. Data that is not there is prepared from
+# the Hugging Face hub. A stage that is finished is not trained again, and one that was interrupted goes on from its
+# newest checkpoint: the script can simply be run again.
 set -euo pipefail
 
 : "${PYTHON:=python3}"
@@ -15,6 +16,7 @@ set -euo pipefail
 : "${GENERAL_BENCH:=data/sft_1k_en_ko_raw.jsonl}"
 : "${MATH_DATA:=data/reasoning/openr1_math_40k.jsonl}"
 : "${MATH_BENCH:=data/reasoning/openr1_math_1k.jsonl}"
+: "${PREPARE_ARGS:=}" # further arguments of both data sets, e.g. "--seed 1"
 : "${STAGE1_STEPS:=5000}"
 : "${STAGE2_STEPS:=3000}"
 : "${METRICS_LEVEL:=minimal}"
@@ -25,10 +27,18 @@ presets=configs/presets/reasoning
 stage1=$OUTPUT/stage1_general_sft
 stage2=$OUTPUT/stage2_reasoning_sft
 
+prepare() { # prepare SUBJECT DATA BENCH
+    # shellcheck disable=SC2086 # the arguments are meant to be split
+    [ -e "$2" ] && [ -e "$3" ] || "$PYTHON" -m molora.prepare "$1" --out "$2" --bench "$3" $PREPARE_ARGS
+}
+
 bench() { # bench RESULTS_FILE --model NAME...
     # shellcheck disable=SC2086 # the arguments are meant to be split
     "$PYTHON" -m molora.evaluate "${@:2}" --bench "$GENERAL_BENCH" --bench "$MATH_BENCH" --output "$1" $BENCH_ARGS
 }
+
+prepare general-en-ko "$GENERAL_DATA" "$GENERAL_BENCH"
+prepare openr1-math "$MATH_DATA" "$MATH_BENCH"
 
 # shellcheck disable=SC2086
 "$PYTHON" -m molora.train \

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from molora import config, train
+from molora.prepare import __main__ as prepare
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "configs/presets").rglob("*.yml"))
@@ -58,17 +59,25 @@ def test_micro_batches_are_the_tutorials_work() -> None:
     assert two.max_train_steps * two.batch_size * two.grad_accum_steps == 24_000
 
 
-def test_the_pipeline_script_trains_and_benches_both_stages(tmp_path: Path) -> None:
+SPLITS = ("DATA", "BENCH")
+
+
+def test_the_pipeline_script_prepares_trains_and_benches_both_stages(tmp_path: Path) -> None:
     """With a Python that only writes down how it was called; the training commands must be valid as they are."""
     recorder = tmp_path / "python"
     recorder.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$*" >> {tmp_path}/calls\n')
     recorder.chmod(0o755)
-    variables = {"PYTHON": str(recorder), "OUTPUT": "out", "STAGE1_STEPS": "40", "TRAIN_ARGS": "--set seed=1"}
+    sets = ("GENERAL", "MATH")
+    data = {f"{name}_{split}": str(tmp_path / name / f"{split}.jsonl") for name in sets for split in SPLITS}
+    variables = {"PYTHON": str(recorder), "OUTPUT": "out", "STAGE1_STEPS": "40", "TRAIN_ARGS": "--set seed=1"} | data
     script = ROOT / "configs/run_llama32_pipeline_reasoning.sh"
     subprocess.run([str(script)], cwd=ROOT, env=os.environ | variables, check=True)
     calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    assert [call[1] for call in calls] == ["molora.train", "molora.evaluate"] * 2
-    trained, benched = calls[::2], calls[1::2]
+    assert [call[1] for call in calls] == ["molora.prepare"] * 2 + ["molora.train", "molora.evaluate"] * 2
+    for call, name in zip(calls[:2], sets, strict=True):
+        options = prepare.parse(call[2:])
+        assert [str(options.out), str(options.bench)] == [data[f"{name}_{split}"] for split in SPLITS]
+    trained, benched = calls[2::2], calls[3::2]
     stages = []
     for call in trained:
         options = train.parse(call[2:])

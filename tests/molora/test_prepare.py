@@ -389,3 +389,30 @@ def test_mix_keeps_rows_and_labels(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(UserError, match="no such file"):
         main(["mix", str(tmp_path / "absent.jsonl"), "--out", str(tmp_path / "new.jsonl")])
     assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_mix_takes_a_ratio_without_repeating_rows(tmp_path: Path) -> None:
+    a, b, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "mixed.jsonl"
+    rows.write_jsonl(a, [{"prompt": str(i), "domain": "a"} for i in range(50)])
+    rows.write_jsonl(b, [{"prompt": str(i), "domain": "b"} for i in range(40)])
+    for options, counts in ((["--ratio", "4:1"], (50, 12)), (["--ratio", "1:1", "--rows", "21"], (10, 10))):
+        main(["mix", str(a), str(b), "--out", str(out), "--overwrite", *options])
+        mixed = [json.dumps(row) for row in rows.read_jsonl(out)]
+        assert tuple(sum(f'"{name}"' in row for row in mixed) for name in "ab") == counts
+        assert len(set(mixed)) == len(mixed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ratio", "1:2:3"], "write 2 positive numbers"),
+        (["--ratio", "1:0"], "write 2 positive numbers"),
+        (["--ratio", "1/2"], "write 2 positive numbers"),
+        (["--rows", "3"], "give both"),
+        (["--ratio", "1:1", "--rows", "1"], "at least one a file"),
+    ],
+)
+def test_mix_explains_a_bad_ratio(options: list[str], message: str, tmp_path: Path) -> None:
+    rows.write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}])
+    with pytest.raises(UserError, match=message):
+        main(["mix", *[str(tmp_path / "a.jsonl")] * 2, "--out", str(tmp_path / "out.jsonl"), *options])
