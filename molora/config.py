@@ -210,7 +210,7 @@ class Data(Section):
 
 class Logging(Section):
     metrics_level: Literal["minimal", "advanced"] = "minimal"
-    """``advanced`` adds routing per layer to ``metrics.jsonl``."""
+    """``advanced`` adds to ``metrics.jsonl`` each router's load, and that of each domain of the rows."""
     tensorboard: bool = False
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,8 @@ class Example:
     """``file:line``"""
     lengths: tuple[int, ...] = ()
     """Tokens of each row that is packed into this one; empty for a single row."""
+    packed_domains: tuple[str, ...] = ()
+    """The domain of each of them."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,8 @@ class Batch:
     """``file:line`` of each row."""
     position_ids: Tensor | None = None
     """(B, T) int64 if rows are packed: each counts from 0, and so does the padding, so that all are kept apart."""
+    spans: list[list[tuple[str, int]]] = field(default_factory=list)
+    """For each row the domain and the number of its tokens; a packed one has a span for each row in it."""
 
     @property
     def label_tokens(self) -> int:
@@ -257,8 +261,16 @@ class Collate:
             tokens=sum(len(example.input_ids) for example in examples),
             domains=[example.domain for example in examples],
             where=[example.where for example in examples],
+            spans=[spans(example) for example in examples],
             position_ids=_positions(examples, shape[1]) if any(example.lengths for example in examples) else None,
         )
+
+
+def spans(example: Example) -> list[tuple[str, int]]:
+    """The domain and the number of tokens of each row in an example."""
+    if not example.lengths:
+        return [(example.domain, len(example.input_ids))]
+    return list(zip(example.packed_domains, example.lengths, strict=True))
 
 
 def _positions(examples: Sequence[Example], length: int) -> Tensor:

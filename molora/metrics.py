@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from molora.data import Batch
 from molora.errors import UserError
 
 FILE = "metrics.jsonl"
+MOST_DOMAINS, OTHER = 8, "other domains"
+"""So many domains, those with most rows, are logged by name; the rest together."""
 
 Item = TypeVar("Item")
 
@@ -46,6 +50,8 @@ class Measured:
     lr: float
     tokens: int
     """Tokens that are not padding."""
+    domain_counts: Tensor | None = None
+    """(D, routers, E), where asked for: tokens of each domain that chose each expert."""
 
     @property
     def loss(self) -> Tensor:
@@ -82,6 +88,11 @@ class Interval:
         """(routers, E), over the steps that were not skipped."""
         return torch.stack([measured.load for _, _, measured in self.updates()]).mean(0).tolist()
 
+    def domain_counts(self) -> Tensor | None:
+        """(D, routers, E) on the CPU, over the steps that were not skipped; None where nothing was counted."""
+        counted = [m.domain_counts for _, _, m in self.updates() if m.domain_counts is not None]
+        return torch.stack(counted).sum(0).cpu() if counted else None
+
     def values(self) -> dict[str, float]:
         """What goes to the log: means over the steps that were not skipped (none if all were) and speeds."""
         updates = [values for values in self.columns if not values["skipped"]]
@@ -92,6 +103,36 @@ class Interval:
             "seconds_per_step": self.seconds / len(self.measured),
             "data_wait_share": self.waited / self.seconds,
         }
+
+
+class Domains:
+    """The domains of a run's rows, those with most rows first, so that their tokens can be told apart."""
+
+    def __init__(self, spans: Iterable[tuple[str, int]]) -> None:
+        rows = Counter(domain for domain, _ in spans)
+        most = [domain for domain, _ in sorted(rows.items(), key=lambda item: (-item[1], item[0]))]
+        self.names = most if len(most) <= MOST_DOMAINS else [*most[: MOST_DOMAINS - 1], OTHER]
+        self._number = {domain: min(i, len(self.names) - 1) for i, domain in enumerate(most)}
+
+    def of_tokens(self, batch: Batch) -> Tensor:
+        """(B, T) int8 on the batch's device: the number of each token's domain, -1 for padding."""
+        numbers = torch.full(batch.input_ids.shape, -1, dtype=torch.int8)
+        for row, spans in zip(numbers, batch.spans, strict=True):
+            start = 0
+            for domain, length in spans:
+                row[start : start + length] = self._number[domain]
+                start += length
+        return numbers.to(batch.input_ids.device, non_blocking=True)
+
+    def load(self, counts: Tensor, routers: Sequence[str], top_k: int) -> dict[str, Any]:
+        """``counts`` (D, routers, E) as plain data: for each domain that was seen its tokens and, for each router, the
+        share of the choices that went to each expert."""
+        found = {}
+        for domain, of_domain in zip(self.names, counts, strict=True):
+            if tokens := round(float(of_domain[0].sum()) / top_k):
+                shares = [[round(share, 4) for share in row] for row in (of_domain / (top_k * tokens)).tolist()]
+                found[domain] = {"tokens": tokens, "load": dict(zip(routers, shares, strict=True))}
+        return found
 
 
 class Meter:

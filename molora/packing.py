@@ -57,4 +57,5 @@ def _joined(rows: Sequence[Example]) -> Example:
         "+".join(sorted({row.domain for row in rows})),
         ", ".join(row.where for row in rows),
         lengths,
+        tuple(row.domain for row in rows),
     )

@@ -58,6 +58,7 @@ class Trainer:
         if config.data.packing:
             self.examples = packing.pack(self.examples, config.data.max_length)
         self.held_out = data.encode_rows(self.tokenizer, val_rows, config.data.max_length) if val_rows else None
+        self.domains = metrics.Domains(span for example in self.examples.rows for span in data.spans(example))
         self.optimizer, self.schedule = optim.build(self.model, config.training)
         self.guard = guard.Guard(self.model, config.training.max_skipped_steps)
         self.phase: int | None = None
@@ -122,16 +123,19 @@ class Trainer:
         losses: list[Tensor] = []
         router_losses: list[tuple[float, routing.RouterLosses]] = []
         records: list[routing.Record] = []
+        domain_counts: list[Tensor] = []
         for scope in scopes:
             forwards = [self._forward(batch, label_tokens) for batch in scope]
             share = sum(batch.tokens for batch in scope) / tokens
             combined = routing.combine(self.model, [record for record, _ in forwards], moe, total_tokens=tokens)
             router_losses.append((share, combined))
-            for record, loss in forwards:
+            for batch, (record, loss) in zip(scope, forwards, strict=True):
                 with routing.using(self.model, record):
                     loss.backward()
                 losses.append(loss.detach())
                 records.append(record)
+                if record.gates is not None:
+                    domain_counts.append(record.counts_by(self.domains.of_tokens(batch), len(self.domains.names)))
 
         lr = float(self.schedule.get_last_lr()[0])
         update = self._update(torch.stack(losses))
@@ -143,6 +147,7 @@ class Trainer:
             z_loss=torch.stack([share * losses.z_loss for share, losses in router_losses]).sum(),
             load_balance=torch.stack([share * losses.load_balance for share, losses in router_losses]).sum(),
             load=torch.stack([share * losses.load for share, losses in router_losses]).sum(dim=0),
+            domain_counts=torch.stack(domain_counts).sum(0) if domain_counts else None,
             **update._asdict(),
             tensors=[name for name, _ in self.open],
             where=[batch.where for batch in window],
@@ -152,7 +157,8 @@ class Trainer:
 
     def _forward(self, batch: Batch, label_tokens: int) -> tuple[routing.Record, Tensor]:
         """What the routers did, and the batch's share of a window's mean loss over ``label_tokens``."""
-        record = routing.record(self.model, batch.attention_mask)
+        per_domain = self.config.logging.metrics_level == "advanced" and bool(routing.names(self.model))
+        record = routing.record(self.model, batch.attention_mask, per_token=per_domain)
         with routing.using(self.model, record):
             loss, _ = causal_lm_loss(self.model, batch)
         return record, loss / label_tokens
@@ -235,10 +241,13 @@ class Trainer:
         step, steps = self.progress.step, self.config.training.max_train_steps
         findings = self.guard.judge(interval, self.progress)
         values = interval.values()
-        routed = {}
+        routed: dict[str, object] = {}
         if self.config.logging.metrics_level == "advanced":
             load = [[round(share, 4) for share in router] for router in interval.measured[-1].load.tolist()]
-            routed = {"load": dict(zip(routing.names(self.model), load, strict=True))}
+            names = routing.names(self.model)
+            routed = {"load": dict(zip(names, load, strict=True))}
+            if (counts := interval.domain_counts()) is not None:
+                routed["domains"] = self.domains.load(counts, names, routing.ledger_of(self.model).top_k)
         log.write(step, rows=self.progress.rows, skipped=self.progress.skipped, **values, **routed)
         for at, warning in findings.warnings:
             log.write(at, warning=warning)

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from molora import metrics
+from molora.data import Batch
 from molora.errors import UserError
 
 
@@ -93,3 +95,32 @@ def test_tensorboard_is_asked_for_by_name_when_missing(tmp_path: Path, monkeypat
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install"):
         metrics.Log(tmp_path, step=0, tensorboard=True)
+
+
+def test_domains_of_tokens_and_their_load() -> None:
+    rows = [("maths", 3), ("general", 2), ("maths", 1)]
+    domains = metrics.Domains(rows)
+    assert domains.names == ["maths", "general"]
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    batch = Batch(ids, ids, ids, ids, 6, [], [], spans=[rows[:2], rows[2:]])
+    assert domains.of_tokens(batch).tolist() == [[0, 0, 0, 1, 1], [0, -1, -1, -1, -1]]
+    counts = torch.tensor([[[3.0, 4.0, 1.0]], [[0.0, 0.0, 0.0]]])
+    assert domains.load(counts, ["r"], top_k=2) == {"maths": {"tokens": 4, "load": {"r": [0.375, 0.5, 0.125]}}}
+
+
+def test_many_domains_are_the_most_frequent_and_the_rest() -> None:
+    names = [f"d{i}" for i in range(20)]
+    domains = metrics.Domains([(name, 1) for i, name in enumerate(names) for _ in range(20 - i)])
+    assert domains.names == [*names[:7], metrics.OTHER]
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    batch = Batch(ids, ids, ids, ids, 3, [], [], spans=[[("d6", 1), ("d7", 1), ("d19", 1)]])
+    assert domains.of_tokens(batch).tolist() == [[6, 7, 7]]
+
+
+def test_an_interval_sums_the_domains_of_steps_that_were_not_skipped() -> None:
+    meter = metrics.Meter()
+    for skipped in (False, True, False):
+        meter.add(replace(measured(1.0, skipped=skipped), domain_counts=torch.full((1, 2, 4), 1.0 + skipped)))
+    assert meter.read(3).domain_counts().tolist() == [[[2.0] * 4] * 2]
+    meter.add(measured(1.0))
+    assert meter.read(4).domain_counts() is None

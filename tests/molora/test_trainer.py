@@ -245,6 +245,29 @@ def test_dense_lora_and_workers_train_too(make_config: MakeConfig, tmp_path: Pat
     assert lines[-1]["val_loss"] < lines[0]["loss"]
 
 
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_advanced_metrics_split_the_load_by_domain_and_change_nothing(
+    packing: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    rows = [row | {"domain": "ab"[i % 3 == 0]} for i, row in enumerate(make_rows(24))]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    fixed = (f"data.path={path}", f"data.packing={packing}", "training.max_train_steps=2", "training.val_size=0")
+    run(make_config(*fixed), tmp_path / "minimal")
+    trainer = run(make_config(*fixed, "logging.metrics_level=advanced"), tmp_path / "advanced")
+    after = weights(tmp_path / "advanced" / "final")
+    for name, tensor in weights(tmp_path / "minimal" / "final").items():
+        assert torch.equal(after[name], tensor), name
+    windows = list(Trainer(trainer.config, tmp_path / "order", rows).windows(2))
+    for line, window in zip(metrics.read(tmp_path / "advanced" / metrics.FILE), windows, strict=True):
+        spans = [span for batch in window for of_row in batch.spans for span in of_row]
+        seen = {domain: sum(n for d, n in spans if d == domain) for domain in "ab"}
+        assert {domain: entry["tokens"] for domain, entry in line["domains"].items()} == seen
+        for router, load in line["load"].items():
+            shares = [entry["load"][router] for entry in line["domains"].values()]
+            mixed = torch.tensor(list(seen.values())).float() @ torch.tensor(shares) / sum(seen.values())
+            assert mixed.tolist() == pytest.approx(load, abs=2e-4)  # each is rounded to 4 digits
+
+
 def test_aux_loss_free_balancing_moves_the_selection_bias(make_config: MakeConfig, tmp_path: Path) -> None:
     run(make_config("moe.load_balance.type=aux_loss_free"), tmp_path / "run")
     biases = [tensor for name, tensor in weights(tmp_path / "run" / "final").items() if "selection_bias" in name]
