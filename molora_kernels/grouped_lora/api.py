@@ -33,7 +33,8 @@ def grouped_lora(
 
     Args:
         x: (..., K), fp16, bf16, fp32 or fp64.
-        weights: G frozen (N_g, K) in x's dtype. Under ``torch.autocast`` x and they are cast as a linear's would be.
+        weights: G frozen (N_g, K) in x's dtype, or none for what the adapters add alone, beside a base that is computed
+            elsewhere (a quantised one). Under ``torch.autocast`` x and they are cast as a linear's would be.
         lora_a: G of (E * r, K); expert e owns rows ``e*r : (e+1)*r``. Any float dtype: fp32 masters are cast to x's
             dtype for the matmuls, and their gradients come back in their own.
         lora_b: G of (N_g, E * r), likewise by columns.
@@ -69,7 +70,7 @@ def grouped_lora(
             outputs = reference.grouped_lora(flat, *lists, flat_gates, scaling, kept, survivor_scale(dropout_p))
         else:
             experts = 1 if gates is None else gates.shape[-1]
-            form = dispatch.form_for(flat, experts, top_k, lora_a[0].shape[0] // experts)
+            form = dispatch.form_for(flat, experts, top_k, lora_a[0].shape[0] // experts) if weights else "dense"
             outputs, _ = op.grouped_lora_fwd(
                 flat, *lists, flat_gates, dropout_seed, scaling, dropout_p, stream, top_k or experts, form
             )
@@ -87,25 +88,25 @@ def _check(
     dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> None:
-    groups, features = len(weights), x.shape[-1]
-    if not groups or len(lora_a) != groups or len(lora_b) != groups or len(biases) not in (0, groups):
+    groups, features = len(lora_a), x.shape[-1]
+    if not groups or len(lora_b) != groups or len(weights) not in (0, groups) or len(biases) not in (0, len(weights)):
         raise ValueError(
-            f"grouped_lora: {groups} weights, {len(lora_a)} lora_a, {len(lora_b)} lora_b, {len(biases)} biases; "
-            "expected as many of each as there are projections (biases: or none)"
+            f"grouped_lora: {len(weights)} weights, {groups} lora_a, {len(lora_b)} lora_b, {len(biases)} biases; "
+            "expected as many of each as there are projections (weights, biases: or none; biases only with weights)"
         )
     rank = lora_a[0].shape[0]
-    for g, (weight, a, b) in enumerate(zip(weights, lora_a, lora_b, strict=True)):
+    for g, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
         if (
-            weight.ndim != 2
-            or weight.shape[1] != features
-            or a.shape != (rank, features)
-            or b.shape != (weight.shape[0], rank)
+            a.shape != (rank, features)
+            or b.shape[1:] != (rank,)
+            or (weights and weights[g].shape != (len(b), features))
         ):
+            weight = f"weight {tuple(weights[g].shape)}, " if weights else ""
             raise ValueError(
-                f"grouped_lora: projection {g} has weight {tuple(weight.shape)}, A {tuple(a.shape)}, "
-                f"B {tuple(b.shape)} for x {tuple(x.shape)}; expected (N, {features}), ({rank}, {features}), "
-                f"(N, {rank})"
+                f"grouped_lora: projection {g} has {weight}A {tuple(a.shape)}, B {tuple(b.shape)} for x "
+                f"{tuple(x.shape)}; expected (N, {features}), ({rank}, {features}), (N, {rank})"
             )
+    for g, weight in enumerate(weights):
         if weight.dtype != x.dtype:
             raise ValueError(f"grouped_lora: x is {x.dtype} but weight {g} is {weight.dtype}")
         if weight.requires_grad or (biases and biases[g].requires_grad):

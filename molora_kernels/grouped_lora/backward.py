@@ -180,7 +180,7 @@ def backward(
         da = weight_grads(x_TK, ds, None, *drop)[0].to(lora_a_RK[0].dtype)
     if need_dx:
         dx = input_grad(ds, torch.cat(lora_a_RK).to(x_TK.dtype), None, None, *drop)
-        for dy, weight in zip(dys_TN, weights_NK, strict=True):
+        for dy, weight in zip(dys_TN, weights_NK, strict=bool(weights_NK)):
             dx.addmm_(dy, weight)
     return dx, da, db, dgates
 

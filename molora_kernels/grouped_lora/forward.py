@@ -143,7 +143,7 @@ def forward(
         )
     x_TK = rows_contiguous(x_TK)
     s = shrink(x_TK, torch.cat(lora_a_RK).to(x_TK.dtype), dropout_seed, dropout_p, stream)
-    return expand(x_TK, weights_NK, biases_N, lora_b_NR, gating.gate(s, gates_THE, len(weights_NK), scaling)), s
+    return expand(x_TK, weights_NK, biases_N, lora_b_NR, gating.gate(s, gates_THE, len(lora_b_NR), scaling)), s
 
 
 def shrink(x_TK: Tensor, a_PK: Tensor, dropout_seed: Tensor | None, dropout_p: float, stream: int) -> Tensor:
@@ -223,10 +223,10 @@ def expand(
     its epilogue, hides that read, and the small addend is the one that is rounded.
     """
     outputs = []
-    for g, (weight, b, gated) in enumerate(zip(weights_NK, lora_b_NR, gated_TP.chunk(len(weights_NK), 1), strict=True)):
+    for g, (b, gated) in enumerate(zip(lora_b_NR, gated_TP.chunk(len(lora_b_NR), 1), strict=True)):
         b_RN = b.to(x_TK.dtype).T
         y = torch.addmm(biases_N[g], gated, b_RN) if biases_N else torch.mm(gated, b_RN)
-        outputs.append(y.addmm_(x_TK, weight.T))
+        outputs.append(y.addmm_(x_TK, weights_NK[g].T) if weights_NK else y)
     return outputs
 
 

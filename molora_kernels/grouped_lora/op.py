@@ -54,7 +54,7 @@ def _(
     form: str,
 ) -> tuple[list[Tensor], Tensor]:
     columns = sum(shrink_columns(a.shape[0], gates, top_k, form) for a in lora_a)
-    return [x.new_empty(x.shape[0], w.shape[0]) for w in weights], x.new_empty(x.shape[0], columns)
+    return [x.new_empty(x.shape[0], b.shape[0]) for b in lora_b], x.new_empty(x.shape[0], columns)
 
 
 def shrink_columns(rank: int, gates: Tensor | None, top_k: int, form: str) -> int:
@@ -127,16 +127,16 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
     x, weights, biases, lora_a, lora_b, gates, dropout_seed, *ctx.settings = inputs
     _, s = output
-    ctx.groups, ctx.biases = len(weights), len(biases)
+    ctx.weights, ctx.biases, ctx.groups = len(weights), len(biases), len(lora_b)
     ctx.save_for_backward(x, *weights, *lora_a, *lora_b, gates, dropout_seed, s)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dys: list[Tensor | None], _ds: None) -> tuple[Any, ...]:
-    n = ctx.groups
+    w, n = ctx.weights, ctx.groups
     x, *lists, gates, dropout_seed, s = ctx.saved_tensors
-    weights, lora_a, lora_b = lists[:n], lists[n : 2 * n], lists[2 * n :]
-    dys = [x.new_zeros(x.shape[0], w.shape[0]) if dy is None else dy for dy, w in zip(dys, weights, strict=True)]
+    weights, lora_a, lora_b = lists[:w], lists[w : w + n], lists[w + n :]
+    dys = [x.new_zeros(x.shape[0], b.shape[0]) if dy is None else dy for dy, b in zip(dys, lora_b, strict=True)]
     needs = ctx.needs_input_grad
     need_dx, need_dlora, need_dgates = needs[0], any(needs[3]) or any(needs[4]), gates is not None and needs[5]
     dx, da, db, dgates = grouped_lora_bwd(
@@ -145,7 +145,7 @@ def _backward(ctx: Any, dys: list[Tensor | None], _ds: None) -> tuple[Any, ...]:
     none = [None] * n
     return (
         dx if need_dx else None,
-        none,
+        [None] * w,
         [None] * ctx.biases,
         list(da.chunk(n)) if need_dlora else none,
         db if need_dlora else none,

@@ -28,11 +28,17 @@ def forward(
     dtype = x_TK.dtype
     a = torch.cat(lora_a_RK).to(dtype)
     s = dropped(x_TK, kept(x_TK, dropout_seed, dropout_p, stream), dropout_p).mm(a.T)
-    gated = gate(s, gates_THE, len(weights_NK), scaling)
+    groups = len(lora_b_NR)
+    gated = gate(s, gates_THE, groups, scaling)
     outputs = []
-    for g, (weight, b) in enumerate(zip(weights_NK, lora_b_NR, strict=True)):
-        y = torch.mm(x_TK, weight.T) if not biases_N else torch.addmm(biases_N[g], x_TK, weight.T)
-        outputs.append(y.addmm_(_part(gated, g, len(weights_NK)), b.to(dtype).T))
+    for g, b in enumerate(lora_b_NR):
+        part, b_RN = _part(gated, g, groups), b.to(dtype).T
+        if not weights_NK:
+            outputs.append(torch.mm(part, b_RN))
+            continue
+        w_KN = weights_NK[g].T
+        y = torch.mm(x_TK, w_KN) if not biases_N else torch.addmm(biases_N[g], x_TK, w_KN)
+        outputs.append(y.addmm_(part, b_RN))
     return outputs, s
 
 
@@ -58,7 +64,7 @@ def backward(
     ``d(cS) = dy B``, ``dB = dy^T (c S)``, ``dgate_e = scaling * <d(cS)_e, S_e>``, ``dS = c d(cS)``,
     ``dA = dS^T dropout(x)`` and ``dx = dy W + dropout(dS A)``.
     """
-    dtype, groups = x_TK.dtype, len(weights_NK)
+    dtype, groups = x_TK.dtype, len(lora_b_NR)
     dgated = torch.cat([dy.mm(b.to(dtype)) for dy, b in zip(dys_TN, lora_b_NR, strict=True)], dim=1)
     dgates = x_TK.new_empty(0)
     if need_dgates and gates_THE is not None:
@@ -82,7 +88,7 @@ def backward(
     if need_dx:
         a = torch.cat(lora_a_RK).to(dtype)
         dx = dropped(ds.mm(a), mask, dropout_p)
-        for dy, weight in zip(dys_TN, weights_NK, strict=True):
+        for dy, weight in zip(dys_TN, weights_NK, strict=bool(weights_NK)):
             dx.addmm_(dy, weight)
     return dx, da, db, dgates
 

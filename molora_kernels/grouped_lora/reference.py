@@ -25,8 +25,10 @@ def grouped_lora(
     """One (T, N) output per projection; ``kept_TK`` (bool) and ``keep_scale`` are the adapters' dropout."""
     dropped = x_TK if kept_TK is None else torch.where(kept_TK, x_TK * keep_scale, 0)
     outputs = []
-    for g, (weight, a, b) in enumerate(zip(weights_NK, lora_a_RK, lora_b_NR, strict=True)):
-        y = F.linear(x_TK, weight, biases_N[g] if biases_N else None)
+    for g, (a, b) in enumerate(zip(lora_a_RK, lora_b_NR, strict=True)):
+        y = x_TK.new_zeros(x_TK.shape[0], b.shape[0])
+        if weights_NK:
+            y = F.linear(x_TK, weights_NK[g], biases_N[g] if biases_N else None)
         experts = 1 if gates_THE is None else gates_THE.shape[-1]
         for e, (a_e, b_e) in enumerate(zip(a.chunk(experts, dim=0), b.chunk(experts, dim=1), strict=True)):
             expert = F.linear(F.linear(dropped, a_e.to(x_TK.dtype)), b_e.to(x_TK.dtype))

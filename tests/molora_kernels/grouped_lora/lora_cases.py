@@ -31,6 +31,8 @@ class LoraCase:
     """Inputs whose rows are not contiguous."""
     idle: bool = False
     """The last expert is chosen by no token."""
+    base: bool = True
+    """Without it, what the adapters add alone."""
 
 
 CASES = [
@@ -39,6 +41,7 @@ CASES = [
     LoraCase(T=37, K=50, N=(20, 33), E=3, r=5, H=2, bias=True, p=0.1),
     LoraCase(T=70, K=64, N=(30, 8, 8), E=1, r=8, H=0, p=0.3),
     LoraCase(T=33, K=48, N=(17, 40), E=4, r=8, H=1, idle=True, strided=True),
+    LoraCase(T=37, K=50, N=(20, 33), E=3, r=5, H=2, p=0.1, base=False),
     LoraCase(T=65, K=32, N=(40, 24), E=5, r=4, H=2, chosen=3),
     LoraCase(T=300, K=40, N=(70,), E=8, r=16, H=1, p=0.05),  # several splits of the tokens
 ]
@@ -94,7 +97,7 @@ def lora_inputs(
         gates = gates.where(rank < case.chosen, 0.0).to(device)
     return LoraInputs(
         x=normal(case.T, case.K, dtype),
-        weights=[normal(n, case.K, dtype, case.K**-0.5) for n in case.N],
+        weights=[normal(n, case.K, dtype, case.K**-0.5) for n in case.N if case.base],
         biases=[normal(1, n, dtype)[0] for n in case.N] if case.bias else [],
         lora_a=[normal(R, case.K, masters, case.K**-0.5) for _ in case.N],
         lora_b=[normal(n, R, masters, R**-0.5) for n in case.N],
@@ -108,7 +111,7 @@ def lora_inputs(
 
 def results(inputs: LoraInputs, backend: Backend, form: Form = "dense") -> dict[str, Tensor]:
     """Outputs, and the gradients of everything that has one."""
-    groups = range(len(inputs.weights))
+    groups = range(len(inputs.lora_b))
     leaves = {"x": inputs.x, **({} if inputs.gates is None else {"gates": inputs.gates})}
     leaves |= {f"a{g}": inputs.lora_a[g] for g in groups} | {f"b{g}": inputs.lora_b[g] for g in groups}
     leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
