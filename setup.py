@@ -34,8 +34,10 @@ setup(
             "matplotlib>=3.8",
         ],
         "data": ["datasets>=4", "math-verify>=0.8", "matplotlib>=3.8"],
+        "quantize": ["bitsandbytes>=0.46"],
         "track": ["tensorboard>=2.16"],
         "dev": [
+            "bitsandbytes>=0.46",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

@@ -8,6 +8,7 @@ base). A stage that starts from such a folder gets its routers too, however many
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -20,9 +21,16 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from molora.config import Config, Injection, Model, MoE, check
+from molora.config import Config, Injection, LoadPrecision, Model, MoE, check
 from molora.errors import UserError
 from molora.files import file_sha256
 from molora.layers import LoraLinear, Router
@@ -115,12 +123,14 @@ def load_base(name: str, config: Model, device: torch.device) -> tuple[PreTraine
     kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     with _opening(name, config) as source:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        kwargs |= quantisation(config.load_precision, device)
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=pick_dtype(config.load_precision.mode, device), use_safetensors=True, **source, **kwargs
+            name, dtype=pick_dtype(config.load_precision, device), use_safetensors=True, **source, **kwargs
         )
     model.config.use_cache = True
     model.molora_base = name  # type: ignore[assignment] # the name that save_adapter writes down
-    model.to(device)  # type: ignore[arg-type] # transformers narrows the signature of Module.to
+    if not getattr(model, "is_quantized", False):  # which is on its device already, and refuses to be moved
+        model.to(device)  # type: ignore[arg-type] # transformers narrows the signature of Module.to
     return model, tokenizer
 
 
@@ -142,9 +152,6 @@ def describe_base(config: Config) -> tuple[PreTrainedConfig, Any]:
 @contextmanager
 def _opening(name: str, config: Model) -> Iterator[dict[str, Any]]:
     """What transformers is told about where a base comes from; its errors become one that the user can mend."""
-    precision = config.load_precision.mode
-    if precision in ("int8", "int4"):
-        raise UserError(f"model.load_precision.mode: {precision} bases are not supported yet; use auto, bf16 or fp32")
     local = Path(name).is_dir()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1 or not name):
         raise UserError(f"model_name: no folder {name!r} here")
@@ -158,12 +165,35 @@ def _opening(name: str, config: Model) -> Iterator[dict[str, Any]]:
         ) from error
 
 
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """``model.load_precision.mode`` as a dtype; ``auto`` is bf16 where the device is fast in it, else fp32."""
-    if precision == "auto":
+def quantisation(precision: LoadPrecision, device: torch.device) -> dict[str, Any]:
+    """What ``from_pretrained`` is told of an int8 or int4 base; nothing for other precisions.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if precision.mode not in ("int8", "int4"):
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"model.load_precision.mode: {precision.mode} needs bitsandbytes: pip install bitsandbytes")
+    dtype = pick_dtype(precision, device)
+    settings = BitsAndBytesConfig(
+        load_in_8bit=precision.mode == "int8",
+        load_in_4bit=precision.mode == "int4",
+        bnb_4bit_quant_type=precision.quant_type,
+        bnb_4bit_use_double_quant=precision.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def pick_dtype(precision: LoadPrecision, device: torch.device) -> torch.dtype:
+    """The dtype that activations have: that of the base, or ``compute_dtype`` where the base is quantised; ``auto`` is
+    bf16 where the device is fast in it, else fp32."""
+    mode = precision.compute_dtype if precision.mode in ("int8", "int4") else precision.mode
+    if mode == "auto":
         fast_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_fast_bf16()
         return torch.bfloat16 if fast_bf16 else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mode]
 
 
 def cpu_has_fast_bf16() -> bool:
@@ -183,8 +213,9 @@ def _check_backbone(config: Config, model: nn.Module) -> None:
 
 def base_fingerprint(model: nn.Module) -> str | None:
     """Tells base models of one shape apart: a hash over the first elements of each frozen tensor, read as bf16, so
-    that it is the same for a base loaded in fp32 and in bf16. None for fp16, whose rounding loses what it reads."""
-    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+    that it is the same for a base loaded in fp32 and in bf16. None for fp16 and for quantised bases, whose rounding
+    loses what it reads."""
+    if any(p.dtype == torch.float16 or not p.is_floating_point() for p in model.parameters()):
         return None
     adapters = {id(p) for _, p in _adapter_tensors(model)}
     digest = hashlib.sha256()

@@ -52,6 +52,15 @@ class LoadPrecision(Section):
     double_quant: bool = True
     """Quantise the quantisation constants of a 4-bit base too."""
 
+    def bits(self) -> float | None:
+        """What an element of a quantised base's linears takes, constants included; None if the base is not quantised.
+
+        QLoRA (arXiv 2305.14314, section 3): an fp32 constant for 64; or 8 bits, and an fp32 one for 256 of those.
+        """
+        if self.mode == "int4":
+            return 4 + (8 / 64 + 32 / (64 * 256) if self.double_quant else 32 / 64)
+        return 8.0 if self.mode == "int8" else None
+
 
 class Model(Section):
     load_precision: LoadPrecision = LoadPrecision()

@@ -59,7 +59,7 @@ class LoraLinear(_Masters):
     With one expert and no router it is a plain LoRA. Parameters are fp32 masters of any base dtype.
 
     Attributes:
-        base: the frozen ``nn.Linear`` (N, K) that this module replaced.
+        base: the frozen ``nn.Linear`` (N, K) that this module replaced; called as it is where it is quantised.
         lora_a: (E * r, K) fp32; expert e owns rows ``e*r : (e+1)*r``.
         lora_b: (N, E * r) fp32, likewise by columns.
         router: the projection's own router, or None.
@@ -100,6 +100,11 @@ class LoraLinear(_Masters):
 
     def extra_repr(self) -> str:
         return f"group={self.group}, experts={self.experts}, rank={self.rank}, scaling={self.scaling:g}"
+
+
+def is_dense(linear: nn.Linear) -> bool:
+    """Whether kernels can multiply by the weight as it is; not so where it is quantised or the class does more."""
+    return type(linear).forward is nn.Linear.forward and linear.weight.is_floating_point()
 
 
 class SharedInput:
@@ -161,18 +166,21 @@ class SharedInput:
             )
             gates = routed.gates
         dropout = first.dropout if first.training else 0.0
+        dense = all(is_dense(m.base) for m in self.members)
         outputs = molora_kernels.grouped_lora(
             x,
-            [m.base.weight for m in self.members],
+            [m.base.weight for m in self.members] if dense else [],
             [m.lora_a for m in self.members],
             [m.lora_b for m in self.members],
             scaling=first.scaling,
             gates=gates,
             top_k=None if self.ledger is None else self.ledger.top_k,
-            biases=_biases(self.members),
+            biases=_biases(self.members) if dense else [],
             dropout_p=dropout,
             dropout_seed=molora_kernels.new_dropout_seed(x.device) if dropout else None,
         )
+        if not dense:
+            outputs = [m.base(x) + added for m, added in zip(self.members, outputs, strict=True)]
         if routed is None or self.ledger is None:
             return list(outputs)
         return [

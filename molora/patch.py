@@ -14,7 +14,7 @@ from molora import hooks
 from molora.config import Config, Group, Injection, MoE, check
 from molora.errors import UserError
 from molora.families import Family, family_of
-from molora.layers import LoraLinear, LoraMLP, Router, SharedInput
+from molora.layers import LoraLinear, LoraMLP, Router, SharedInput, is_dense
 from molora.routing import Ledger
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -65,7 +65,8 @@ def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe:
             f"{type(model).__name__} has no {family.layers}; give the causal LM, not its backbone"
         ) from None
     indices = _layer_indices(injection, len(layers))  # type: ignore[arg-type] # a ModuleList
-    fused = getattr(model.config, "hidden_act", None) == "silu"
+    linears = [module for module in layers.modules() if isinstance(module, nn.Linear)]
+    fused = getattr(model.config, "hidden_act", None) == "silu" and all(is_dense(linear) for linear in linears)
     plan = {i: _plan(family, layers.get_submodule(str(i)), injection, moe, fused) for i in indices}
     _require_matches(injection, family, plan, layers.get_submodule(str(indices[0])))
 
@@ -176,7 +177,7 @@ def _plan(family: Family, layer: nn.Module, injection: Injection, moe: MoE, fuse
         if not fused or not mlp:
             raise UserError(
                 "moe.router_scope: mlp shares one router over the three projections of a SwiGLU MLP (hidden_act silu), "
-                "which this architecture does not have; leave it at projection"
+                "which this architecture does not have or which is quantised; leave it at projection"
             )
         if {path for path, group in plan.items() if group == "lora"} != set(mlp):
             raise UserError(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from molora import adapter, chat, data, loss, packing, phases, routing
 from molora.config import Config, check
@@ -77,7 +77,10 @@ def need(config: Config, base: PreTrainedConfig, dtype: torch.dtype, shape: Shap
         attention = config.model.attn_implementation
         kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
         model = AutoModelForCausalLM.from_config(base, dtype=dtype, **kwargs)
-        base_bytes = _bytes([*model.parameters(), *model.buffers()])
+        base_bytes, unpacked = _bytes([*model.parameters(), *model.buffers()]), 0
+        if bits := config.model.load_precision.bits():
+            saved, unpacked = _quantise(model, bits)
+            base_bytes -= saved
         inject(model, config).train()
         checkpoint_activations(model, config.model.gradient_checkpointing)
         adapters = [p for members in parameter_groups(model).values() for _, p in members]
@@ -99,8 +102,26 @@ def need(config: Config, base: PreTrainedConfig, dtype: torch.dtype, shape: Shap
         gradients=_bytes(trained),
         activations=activations,
         logits=chunk * vocabulary * (4 + (itemsize if itemsize < 4 else 0)),
-        peak=static + peak,
+        peak=static + peak + unpacked,
     )
+
+
+class _Quantised(nn.Linear):
+    """Stands for a quantised linear, which adapters call and whose weight they do not touch."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight, self.bias)
+
+
+def _quantise(model: PreTrainedModel, bits: float) -> tuple[int, int]:
+    """Have every linear but the output head called as a quantised one is. Returns the bytes that its weights then take
+    less, and those of the largest one as a product unpacks it."""
+    linears = [m for m in model.modules() if type(m) is nn.Linear and m is not model.get_output_embeddings()]
+    for linear in linears:
+        linear.__class__ = _Quantised
+    dense = [linear.weight.nbytes for linear in linears]
+    packed = sum(linear.weight.numel() for linear in linears) * bits / 8
+    return sum(dense) - round(packed), max(dense, default=0)
 
 
 def _open_most(model: nn.Module, config: Config) -> list[nn.Parameter]:
@@ -241,8 +262,9 @@ def report(config: Config, output: Path, rows: Sequence[Row], memory_gb: float |
     """
     device = torch.device("cuda") if memory_gb else adapter.pick_device(config.device)
     base, tokenizer = adapter.describe_base(config)
-    precision = config.model.load_precision.mode
-    dtype = adapter.pick_dtype("bf16" if memory_gb and precision == "auto" else precision, device)
+    if memory_gb and config.model.load_precision.mode == "auto":
+        config = _with(config, {"model.load_precision.mode": "bf16"})
+    dtype = adapter.pick_dtype(config.model.load_precision, device)
     chat.settle_template(tokenizer)
     train_rows, _ = data.hold_out(rows, config.training.val_size, config.seed)
     examples = data.encode_rows(tokenizer, train_rows, config.data.max_length)
@@ -283,8 +305,9 @@ def _table(config: Config, found: dict[str, Need], context: int, shape: Shape, d
     table.add_column("model.gradient_checkpointing:")
     for kind in found:
         table.add_column(kind + (" (set)" if kind == mine else ""), justify="right")
+    bits = config.model.load_precision.bits()
     what = {
-        "base": f"base, {str(dtype).removeprefix('torch.')}",
+        "base": f"base, {config.model.load_precision.mode if bits else str(dtype).removeprefix('torch.')}",
         "adapters": "adapters, float32",
         "optimizer": "optimizer, two moments",
         "gradients": "gradients, at the end of backward",

@@ -80,6 +80,12 @@ def peak_of_a_step(settings: config.Config, output: Path) -> tuple[int, prefligh
         ["model.gradient_checkpointing=reentrant"],
         ["moe.load_balance.scope=micro_batch", "training.grad_accum_steps=4"],
         ["data.packing=true"],
+        ["model.load_precision.mode=int4", "model.load_precision.compute_dtype=fp32"],
+        [
+            "model.load_precision.mode=int4",
+            "model.load_precision.compute_dtype=fp32",
+            "model.gradient_checkpointing=non_reentrant",
+        ],
         ["injection.strategy=dense_lora", "model.attn_implementation=eager"],
     ],
     ids=lambda overrides: " ".join(overrides) or "defaults",

@@ -1,0 +1,114 @@
+"""Adapters beside a base that bitsandbytes has quantised, against the same base unpacked to plain linears."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import molora
+from molora import adapter, config
+from molora.data import read_rows
+from molora.layers import is_dense
+from molora.trainer import Trainer
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+IDS = torch.arange(22).view(2, 11) * 13 % 320
+SHAPE = {"lora_r": 4, "init_b_std": 0.1, "num_experts": 3}
+KINDS = {
+    "nf4": {"mode": "int4", "double_quant": False},
+    "nf4 twice": {"mode": "int4"},
+    "fp4": {"mode": "int4", "quant_type": "fp4"},
+    "int8": {"mode": "int8"},
+}
+
+
+def quantised(folder: Path, kind: str) -> nn.Module:
+    precision = config.LoadPrecision.model_validate({"compute_dtype": "fp32", **KINDS[kind]})
+    return adapter.load_base(str(folder), config.Model(load_precision=precision), torch.device("cpu"))[0]
+
+
+class Unpacked(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.weight)
+
+
+def unpacked(model: nn.Module) -> nn.Module:
+    """A copy whose 4-bit linears are unpacked ones of the same values, called in the same way."""
+    model = copy.deepcopy(model)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            plain = Unpacked(module.in_features, module.out_features, bias=False)
+            packed: bitsandbytes.nn.Params4bit = module.weight
+            plain.weight.data = bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state)
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, plain)
+    return model
+
+
+def results(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Logits, and the gradients of a random upstream one, of the model with adapters; the adapters are drawn alike."""
+    torch.manual_seed(0)
+    molora.inject(model, SHAPE)
+    # Where its input needs no gradient, bitsandbytes takes a kernel for inference, which is less exact.
+    model.enable_input_require_grads()  # type: ignore[operator]
+    logits = model(IDS).logits
+    logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)))
+    adapters = [named for group in molora.parameter_groups(model).values() for named in group]
+    assert all(parameter.grad is not None and parameter.grad.any() for _, parameter in adapters)
+    return {"logits": logits.detach()} | {name: p.grad for name, p in adapters if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 twice", "fp4"])
+def test_forward_and_backward_are_those_of_the_unpacked_base(tiny_model_dir: Path, kind: str) -> None:
+    model = quantised(tiny_model_dir, kind)
+    expected, found = results(unpacked(model)), results(model)
+    assert found.keys() == expected.keys()
+    assert not [name for name in found if not torch.equal(found[name], expected[name])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_step_0_is_the_base_and_the_base_comes_back(tiny_model_dir: Path, kind: str) -> None:
+    model = quantised(tiny_model_dir, kind)
+    linear = model.get_submodule("model.layers.0.mlp.gate_proj")
+    assert isinstance(linear, nn.Linear) and not is_dense(linear)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        molora.inject(model, SHAPE | {"init_b_std": 0.0})
+        assert torch.equal(model(IDS).logits, expected)
+    assert {p.dtype for group in molora.parameter_groups(model).values() for _, p in group} == {torch.float32}
+    molora.remove(model)
+    assert model.get_submodule("model.layers.0.mlp.gate_proj") is linear
+
+
+def test_one_router_a_block_is_refused(tiny_model_dir: Path) -> None:
+    with pytest.raises(molora.UserError, match=r"router_scope.*quantised"):
+        molora.inject(quantised(tiny_model_dir, "nf4"), {"injection": SHAPE, "moe": {"router_scope": "mlp"}})
+
+
+def test_a_stage_trains_beside_it_and_the_next_one_starts_from_there(
+    tiny_model_dir: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    def stage(model: Path, output: Path) -> Path:
+        given = [
+            f"model_name={model}", f"data.path={rows_file}", "device=cpu", "model.load_precision.mode=int4",
+            "model.gradient_checkpointing=non_reentrant", "injection.lora_r=2", "training.max_train_steps=2",
+        ]  # fmt: skip
+        Trainer(config.resolve(config.load(None, given)), output, read_rows(rows_file)).train()
+        return output / "final"
+
+    second = stage(stage(tiny_model_dir, tmp_path / "1"), tmp_path / "2")
+    model, _ = molora.load(second, device="cpu", precision="int4")
+    assert isinstance(model.get_submodule("model.layers.0.mlp.up_proj.base"), bitsandbytes.nn.Linear4bit)
+    assert any(p.any() for name, p in molora.parameter_groups(model)["lora"] if name.endswith("lora_b"))
+
+
+def test_without_bitsandbytes_the_message_names_it(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(molora.UserError, match="pip install bitsandbytes"):
+        quantised(tiny_model_dir, "nf4")
