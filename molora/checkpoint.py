@@ -46,7 +46,7 @@ _ASIDE = re.compile(r"\.(final|checkpoint-(?:best|\d+))\.(tmp|old)")
 
 # Keys that a resumed run may change: they alter where it runs and what it writes, not what it computes.
 _MAY_CHANGE = re.compile(
-    r"device|logging\..*|training\.(num_workers|save_steps|save_total_limit|log_steps|max_skipped_steps)"
+    r"device|logging\..*|data\.cache|training\.(num_workers|save_steps|save_total_limit|log_steps|max_skipped_steps)"
 )
 
 _log = logging.getLogger(__name__)

@@ -215,6 +215,8 @@ class Data(Section):
     packing: bool = False
     """Put several rows into one sequence of ``max_length``, so that little is padded. Each row attends to itself alone
     and has the loss that it has alone. ``training.batch_size`` then counts sequences, not rows."""
+    cache: bool = True
+    """Keep tokenised rows in ``~/.cache/molora``, by content: whatever changes, none is stale."""
 
 
 class Logging(Section):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from molora import chat
+from molora import chat, token_cache
 from molora.errors import UserError
 
 Row = dict[str, Any]
@@ -150,24 +150,34 @@ class Examples:
         return len(self.rows)
 
 
-def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> Examples:
-    """Tokenise rows. Raises :class:`UserError` if none has a trainable token or none fits into ``max_length``."""
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, *, cache: bool = False
+) -> Examples:
+    """Tokenise rows, or take their tokens from the cache (:mod:`molora.token_cache`).
+
+    Raises :class:`UserError` if none has a trainable token or none fits into ``max_length``.
+    """
+
+    def encode() -> token_cache.Tensors:
+        return _joined([_encode(tokenizer, row, max_length) for row in rows])
+
+    tokens = token_cache.through(tokenizer, rows, max_length, encode) if cache else encode()
+    lengths = tokens["lengths"].tolist()
+    columns = zip(
+        rows,
+        tokens["input_ids"].split(lengths),
+        tokens["labels"].split(lengths),
+        tokens["truncated"].tolist(),
+        lengths,
+        strict=True,
+    )
     examples: list[Example] = []
-    truncated = dropped = 0
-    for row in rows:
-        encoded = _encode(tokenizer, row, max_length)
-        if encoded.trainable:
-            truncated += encoded.truncated
-            examples.append(
-                Example(
-                    torch.tensor(encoded.input_ids, dtype=torch.int32),
-                    torch.tensor(encoded.labels, dtype=torch.int32),
-                    encoded.domain or "",
-                    row.get("where", ""),
-                )
-            )
-        else:
-            dropped += 1
+    truncated = 0
+    for row, input_ids, labels, cut, length in columns:
+        if length:
+            examples.append(Example(input_ids, labels, row.get("domain", ""), row.get("where", "")))
+            truncated += cut
+    dropped = len(rows) - len(examples)
     if not examples:
         raise UserError(
             f"none of {len(rows)} rows has a token to train within data.max_length={max_length}: "
@@ -179,6 +189,21 @@ def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_len
             "would ever be learnt; raise data.max_length"
         )
     return Examples(examples, truncated, dropped)
+
+
+def _joined(encoded: list[chat.Encoded]) -> token_cache.Tensors:
+    """Rows end to end, with their lengths; one that has nothing to train has length 0."""
+    kept = [row if row.trainable else None for row in encoded]
+
+    def end_to_end(lists: Iterable[list[int]]) -> Tensor:
+        return torch.tensor([token for tokens in lists for token in tokens], dtype=torch.int32)
+
+    return {
+        "input_ids": end_to_end(row.input_ids for row in kept if row),
+        "labels": end_to_end(row.labels for row in kept if row),
+        "lengths": torch.tensor([len(row.input_ids) if row else 0 for row in kept]),
+        "truncated": torch.tensor([row.truncated if row else False for row in kept]),
+    }
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], max_length: int) -> chat.Encoded:

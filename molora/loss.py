@@ -9,17 +9,21 @@ Shape letters: B rows, T tokens, N positions with a label, H hidden size, V voca
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from molora.data import Batch
 
 CHUNK_ELEMENTS = 2**26
 """Logits held at a time: 256 MB in fp32."""
+_CAUSAL = "molora_causal_sdpa"
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
@@ -69,15 +73,43 @@ def causal_lm_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
     """Sum of next-token losses of a batch on the model's device, and the number N of tokens summed.
 
     Runs the decoder without its head. The sum is a fp32 scalar with a graph to whatever trains in the decoder. No mask
-    is needed for padding, which lies at the right, where no token looks; packed rows are kept apart by transformers,
-    which makes their mask from position ids that start again.
+    is needed for padding, which lies at the right, where no token looks; packed rows are kept apart, as their position
+    ids, which start again, say.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(f"the output head is {head}; this loss knows linear heads without bias only")
-    hidden: Tensor = model.base_model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-    ).last_hidden_state
+    with _attention(model, batch.position_ids) as mask:
+        hidden: Tensor = model.base_model(
+            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+        ).last_hidden_state
     predicting = hidden.flatten(0, 1).index_select(0, batch.predictors)
     targets = batch.labels.flatten().index_select(0, batch.predictors + 1)
     return frozen_head_cross_entropy(predicting, head.weight, targets), batch.label_tokens
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, position_ids: Tensor | None) -> Iterator[Tensor | None]:
+    """The mask that the decoder is to be given, in a context in which it makes none of its own.
+
+    To find out whether rows are packed, transformers reads a value of the position ids, for which the host waits until
+    the device has come so far. We know it. Only plain causal attention by SDPA is done so; windows and the other
+    implementations are left to transformers.
+    """
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if config._attn_implementation != "sdpa" or kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+        yield None
+    elif position_ids is not None:
+        starts = torch.cat([torch.zeros_like(position_ids[:, :1]), position_ids.diff() != 1], dim=1)
+        row = starts.cumsum(1)
+        yield (row[:, None, :, None] == row[:, None, None, :]).tril()
+    else:
+        # transformers makes no mask for an implementation that it has no mask for; without one, SDPA is causal. Layers
+        # that are recomputed later find "sdpa" again and are given the same None.
+        AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
+        config._attn_implementation = _CAUSAL
+        try:
+            yield None
+        finally:
+            config._attn_implementation = "sdpa"

@@ -1,4 +1,4 @@
-"""``--preflight``: what a stage needs, before it is started. Writes no file.
+"""``--preflight``: what a stage needs, before it is started. Writes nothing to the output folder.
 
 Memory is not guessed from formulas: one step of the stage, with its largest batch, is run on fake tensors, which have
 shapes and no contents, while the bytes alive are counted. So whatever saves or frees memory in the code counts, and no
@@ -267,7 +267,7 @@ def report(config: Config, output: Path, rows: Sequence[Row], memory_gb: float |
     dtype = adapter.pick_dtype(config.model.load_precision, device)
     chat.settle_template(tokenizer)
     train_rows, _ = data.hold_out(rows, config.training.val_size, config.seed)
-    examples = data.encode_rows(tokenizer, train_rows, config.data.max_length)
+    examples = data.encode_rows(tokenizer, train_rows, config.data.max_length, cache=config.data.cache)
     count = len(examples)
     if config.data.packing:
         examples = packing.pack(examples, config.data.max_length)

@@ -200,7 +200,8 @@ def combine(
 def step_bias(model: nn.Module, records: Sequence[Record], moe: MoE, skipped: Tensor | None = None) -> None:
     """Loss-free balancing (arXiv 2408.15664, algorithm 1): after an optimizer step, raise the selection bias of the
     experts that got less than the mean load and lower that of the others, by ``bias_update_speed``. Does nothing for
-    the other kinds of load balance, nor where ``skipped`` () bool says that the step changed nothing."""
+    the other kinds of load balance, for a router that is frozen (who freezes it means that its choices stay), nor
+    where ``skipped`` () bool says that the step changed nothing."""
     if moe.load_balance.type != "aux_loss_free":
         return
     counts = torch.stack([r.counts for r in records]).sum(0)
@@ -213,7 +214,8 @@ def step_bias(model: nn.Module, records: Sequence[Record], moe: MoE, skipped: Te
                 "moe.load_balance.type is aux_loss_free here, but the model was injected with another type and its "
                 "routers have no selection bias; give molora.inject the same moe settings"
             )
-        router.selection_bias.add_(direction[row], alpha=moe.load_balance.bias_update_speed)
+        if router.weight.requires_grad:
+            router.selection_bias.add_(direction[row], alpha=moe.load_balance.bias_update_speed)
 
 
 def collect(ledger: Ledger, rows: slice, y: Tensor, sums: Tensor, counts: Tensor, gates: Sequence[Tensor]) -> Tensor:

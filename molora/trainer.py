@@ -53,14 +53,16 @@ class Trainer:
         chat.settle_template(self.tokenizer)
         self.collate = data.Collate(self.tokenizer)
         train_rows, val_rows = data.hold_out(rows, config.training.val_size, config.seed)
-        self.examples = data.encode_rows(self.tokenizer, train_rows, config.data.max_length)
+        self.examples = self._encode(train_rows)
         self.rows = len(self.examples)
         if config.data.packing:
             self.examples = packing.pack(self.examples, config.data.max_length)
-        self.held_out = data.encode_rows(self.tokenizer, val_rows, config.data.max_length) if val_rows else None
+        self.held_out = self._encode(val_rows) if val_rows else None
         self.domains = metrics.Domains(span for example in self.examples.rows for span in data.spans(example))
         self.optimizer, self.schedule = optim.build(self.model, config.training)
         self.guard = guard.Guard(self.model, config.training.max_skipped_steps)
+        # Where nothing waits for a device, a skipped step is reported without waiting for the next reading.
+        self.tells_at_once = self.model.device.type == "cpu"
         self.phase: int | None = None
         self.open: list[tuple[str, nn.Parameter]] = []
         self.progress = Progress()
@@ -68,6 +70,10 @@ class Trainer:
             device = self.model.device
             self.progress = checkpoint.restore(start, self.model, self.optimizer, self.schedule, device)
         self.start, self.resume = start, resume
+
+    def _encode(self, rows: Sequence[Row]) -> data.Examples:
+        settings = self.config.data
+        return data.encode_rows(self.tokenizer, rows, settings.max_length, cache=settings.cache)
 
     def train(self) -> None:
         """Train to ``max_train_steps`` and write ``final``.
@@ -93,8 +99,7 @@ class Trainer:
 
                 evaluating = self.held_out is not None and self.due(training.val_steps)
                 saving = self.due(training.save_steps)
-                # On the CPU nothing waits, so that a skipped step is reported at once.
-                skipped = not measured.skipped.is_cuda and bool(measured.skipped)
+                skipped = self.tells_at_once and bool(measured.skipped)
                 if evaluating or saving or skipped or self.due(training.log_steps):
                     self._log_step(log, bar, meter.read(self.progress.step))
                 if evaluating:
@@ -244,11 +249,18 @@ class Trainer:
         routed: dict[str, object] = {}
         if self.config.logging.metrics_level == "advanced":
             load = [[round(share, 4) for share in router] for router in interval.measured[-1].load.tolist()]
+<<<<<<< HEAD
             names = routing.names(self.model)
             routed = {"load": dict(zip(names, load, strict=True))}
             if (counts := interval.domain_counts()) is not None:
                 routed["domains"] = self.domains.load(counts, names, routing.ledger_of(self.model).top_k)
         log.write(step, rows=self.progress.rows, skipped=self.progress.skipped, **values, **routed)
+=======
+            routed = {"load": dict(zip(routing.names(self.model), load, strict=True))}
+        log.write(
+            step, seed=self.config.seed, rows=self.progress.rows, skipped=self.progress.skipped, **values, **routed
+        )
+>>>>>>> 0d79732 (Token cache by content; no host reads between log readings; frozen routers keep their selection bias; seed in metrics)
         for at, warning in findings.warnings:
             log.write(at, warning=warning)
             tqdm.write(f"warning: step {at}: {warning}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -32,6 +33,12 @@ WORDS = TEXT.split()
 def _one_thread() -> None:
     # Tests run side by side; more threads each would only make them wait for one another.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Commands that tests start write no tokens to the home of whoever runs them."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def make_tokenizer(*, chat_template: str | None, bos: bool) -> PreTrainedTokenizerFast:

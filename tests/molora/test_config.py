@@ -135,6 +135,7 @@ def key_paths(tree: dict[str, object], before: str = "") -> list[str]:
         st.one_of(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
             st.lists(st.integers(-3, 5) | st.sampled_from(["router", "lora", "q_proj"]), max_size=3),
+            st.sampled_from([float("nan"), float("inf"), -1, 10**400]),
             st.sampled_from(["aux_loss_free", "mlp", "micro", "bf16", "dense_lora", "1e-5", ".nan", "[", "{a: 1}"]),
         ),
         max_size=4,
@@ -150,12 +151,16 @@ def test_whatever_the_keys_hold_is_checked_or_explained(values: dict[str, object
         assert config.check(config.Config, yaml.safe_load(config.to_yaml(loaded))) == loaded
 
 
-@given(st.text(max_size=80) | st.text(alphabet=" \n:-[]{}'\"#&*!|>%@`\tabc01.", max_size=60))
+@given(
+    st.text(max_size=80).map(str.encode)
+    | st.text(alphabet=" \n:-[]{}'\"#&*!|>%@`\tabc01.", max_size=60).map(str.encode)
+    | st.binary(max_size=20)
+)
 def test_whatever_the_file_holds_it_is_a_configuration_or_explained(
-    tmp_path_factory: pytest.TempPathFactory, content: str
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.yml"
-    path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    path.write_bytes(content)
     try:
         config.load(path)
     except UserError as error:

@@ -3,13 +3,14 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import molora
 from molora import checkpoint, config, data, metrics, optim
@@ -275,6 +276,19 @@ def test_aux_loss_free_balancing_moves_the_selection_bias(make_config: MakeConfi
     assert all(bias.any() for bias in biases)
 
 
+def test_the_selection_bias_rests_while_the_router_is_frozen(make_config: MakeConfig, tmp_path: Path) -> None:
+    phases = "[{step: 0, trainable: [lora]}, {step: 3, trainable: [router, lora]}, {step: 5, trainable: [attn_lora]}]"
+    settings = make_config("moe.load_balance.type=aux_loss_free", f"training.phases={phases}", "training.save_steps=1")
+    run(settings, tmp_path / "run")
+    moved = []
+    for step in range(1, 8):
+        tensors = weights(tmp_path / "run" / f"checkpoint-{step}")
+        moved.append(sum(t.abs().sum().item() for name, t in tensors.items() if "selection_bias" in name))
+    assert moved[:3] == [0, 0, 0]
+    assert 0 < moved[3] != moved[4]
+    assert moved[4:] == [moved[4]] * 3
+
+
 def test_what_a_run_leaves(make_config: MakeConfig, tmp_path: Path, tiny_model_dir: Path) -> None:
     output = tmp_path / "run"
     settings = make_config("training.save_total_limit=2", "logging.metrics_level=advanced", "seed=7")
@@ -293,6 +307,7 @@ def test_what_a_run_leaves(make_config: MakeConfig, tmp_path: Path, tiny_model_d
     assert origin["seed"] == 7
     assert list(origin["data"]) == [settings.data.path]
     lines = metrics.read(output / metrics.FILE)
+    assert {line["seed"] for line in lines if "loss" in line} == {7}
     losses = [line["val_loss"] for line in lines if "val_loss" in line]
     assert trainer.progress.best_loss == min(losses)
     assert trainer.progress.rows == 7 * 8
@@ -332,6 +347,86 @@ def test_weights_that_are_not_finite_are_never_saved(make_config: MakeConfig, tm
     with pytest.raises(UserError, match=f"{name} is not finite at step 2: checkpoint-2 is not written"):
         trainer.train()
     assert list((tmp_path / "run").glob("checkpoint-*")) == []
+
+
+def test_the_log_says_how_long_the_loop_waited_for_data(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_config("training.max_train_steps=4", "training.val_steps=0", "training.save_steps=0")
+    trainer = Trainer(settings, tmp_path / "run", data.read_rows(settings.data.path or ""))
+    clock, made, step = [0.0], trainer.windows(), trainer.train_step
+
+    def windows() -> Iterator[list[data.Batch]]:
+        for window in made:
+            clock[0] += 1.0
+            yield window
+
+    def train_step(window: list[data.Batch]) -> metrics.Measured:
+        clock[0] += 3.0
+        return step(window)
+
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(trainer, "windows", windows)
+    monkeypatch.setattr(trainer, "train_step", train_step)
+    trainer.train()
+    lines = [line for line in metrics.read(tmp_path / "run" / metrics.FILE) if "data_wait_share" in line]
+    assert [(line["data_wait_share"], line["seconds_per_step"]) for line in lines] == [(0.25, 4.0)] * 4
+
+
+class Reads(TorchDispatchMode):
+    """Notes when the host looks at a value: by an operator whose result or shape depends on it, or by a method that
+    copies it. On a GPU each would wait for all that was asked of the device before."""
+
+    LOOK = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+    OPERATORS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, now: Callable[[], int]) -> None:
+        super().__init__()
+        self.now, self.seen = now, list[tuple[int, str]]()
+        for name in self.LOOK:
+            monkeypatch.setattr(torch.Tensor, name, self._noted(name, getattr(torch.Tensor, name)))
+
+    def _noted(self, name: str, alive: Callable[..., Any]) -> Callable[..., Any]:
+        def look(tensor: torch.Tensor, *given: Any, **named: Any) -> Any:
+            self.seen.append((self.now(), name))
+            return alive(tensor, *given, **named)
+
+        return look
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        indexed_by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if name in self.OPERATORS or indexed_by_mask:
+            self.seen.append((self.now(), name))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["moe.load_balance.type=aux_loss_free"],
+        ["data.packing=true", "moe.load_balance.scope=micro_batch"],
+        ["model.gradient_checkpointing=non_reentrant"],
+        ["model.gradient_checkpointing=reentrant"],
+    ],
+)
+def test_no_step_waits_for_the_device_between_readings(
+    settings: list[str], make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = ["training.log_steps=4", "training.max_train_steps=8", "training.val_steps=0", "training.save_steps=0"]
+    phases = "training.phases=[{step: 0, trainable: [router]}, {step: 4, trainable: [router, lora, attn_lora]}]"
+    made = make_config(*quiet, phases, *settings)
+    trainer = Trainer(made, tmp_path / "run", data.read_rows(made.data.path or ""))
+    assert trainer.tells_at_once
+    trainer.tells_at_once = False  # as on a GPU
+    # The batches are made on the CPU, in a worker process where there are some; the trainer's own work is watched.
+    made_before = list(trainer.windows())
+    monkeypatch.setattr(trainer, "windows", lambda: iter(made_before))
+    with Reads(monkeypatch, lambda: trainer.progress.step) as reads:
+        trainer.train()
+    assert {step for step, _ in reads.seen} == {0, 4, 8}, reads.seen  # the phases' beginnings, the readings
 
 
 def poison(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
