@@ -249,18 +249,12 @@ class Trainer:
         routed: dict[str, object] = {}
         if self.config.logging.metrics_level == "advanced":
             load = [[round(share, 4) for share in router] for router in interval.measured[-1].load.tolist()]
-<<<<<<< HEAD
             names = routing.names(self.model)
             routed = {"load": dict(zip(names, load, strict=True))}
             if (counts := interval.domain_counts()) is not None:
                 routed["domains"] = self.domains.load(counts, names, routing.ledger_of(self.model).top_k)
-        log.write(step, rows=self.progress.rows, skipped=self.progress.skipped, **values, **routed)
-=======
-            routed = {"load": dict(zip(routing.names(self.model), load, strict=True))}
-        log.write(
-            step, seed=self.config.seed, rows=self.progress.rows, skipped=self.progress.skipped, **values, **routed
-        )
->>>>>>> 0d79732 (Token cache by content; no host reads between log readings; frozen routers keep their selection bias; seed in metrics)
+        seed, rows, skipped = self.config.seed, self.progress.rows, self.progress.skipped
+        log.write(step, seed=seed, rows=rows, skipped=skipped, **values, **routed)
         for at, warning in findings.warnings:
             log.write(at, warning=warning)
             tqdm.write(f"warning: step {at}: {warning}")
