@@ -13,6 +13,7 @@ import sys
 COMMANDS = {
     "compile": "bench.compile",
     "mlp": "bench.mlp",
+    "op": "bench.op",
 }
 
 

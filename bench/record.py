@@ -15,9 +15,10 @@ from bench.provenance import provenance
 COLUMNS = {
     "update_ms": "update ms",
     "peak_mib": "peak MiB",
-    "gbyte": "GB",
+    "gbyte": "GB fwd, bwd",
     "gflop": "GFLOP",
-    "floor_share": "of roofline",
+    "floor_ms": "roofline ms",
+    "share": "reached",
 }
 """What some rows have, and its heading."""
 
@@ -32,12 +33,12 @@ def show(title: str, result: dict[str, Any]) -> None:
     width = max((len(row["variant"]) for row in rows), default=0)
     over = f"over {result['base']} (quartiles)"
     extra = {key: head for key, head in COLUMNS.items() if any(key in row for row in rows)}
-    heads = "".join(f"  {head:>11}" for head in extra.values())
+    heads = "".join(f"  {head:>15}" for head in extra.values())
     print(f"{'':{width}}  forward ms  backward ms   total ms  {over:>33}  saved MiB{heads}")
     for row in rows:
         low, high = row["ratio_quartiles"]
         ratio = f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
-        cells = "".join(f"  {row[key]:11.2f}" if key in row else " " * 13 for key in extra)
+        cells = "".join(f"  {_cell(row.get(key)):>15}" for key in extra)
         print(
             f"{row['variant']:{width}}  {row['fwd_ms']:10.2f}  {row['bwd_ms']:11.2f}  {row['total_ms']:9.2f}"
             f"  {ratio:>{max(33, len(over))}}  {row['saved_mib']:9.1f}{cells}"
@@ -46,6 +47,11 @@ def show(title: str, result: dict[str, Any]) -> None:
         print(f"{name}: not measured, {reason}")
     for name, reason in result["wrong"].items():
         print(f"{name}: wrong, not timed: {reason}")
+
+
+def _cell(value: float | list[float] | None) -> str:
+    numbers = [] if value is None else value if isinstance(value, list) else [value]
+    return ", ".join(f"{number:.2f}" for number in numbers)
 
 
 def write(path: str | Path, what: dict[str, Any]) -> None:
