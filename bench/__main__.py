@@ -14,6 +14,7 @@ COMMANDS = {
     "compile": "bench.compile",
     "mlp": "bench.mlp",
     "op": "bench.op",
+    "step": "bench.step",
 }
 
 

@@ -21,6 +21,7 @@ from bench.machine import Roofline, roofline
 from bench.measure import Variant
 from bench.problem import Problem, Shape, problem
 from bench.variants import Build
+from molora_kernels.grouped_lora.dispatch import form_for
 from molora_kernels.mlp_block import cost
 
 BASE = "frozen base"
@@ -53,6 +54,8 @@ ENTRIES: dict[str, Entry] = {
     BASE: Entry(variants.frozen, variants.frozen, variants.frozen),
     "transformers LlamaMLP": Entry(variants.unpatched, variants.frozen, variants.frozen),
     "molora": Entry(variants.molora),
+    "molora dense": Entry(variants.molora_in_form("dense")),
+    "molora grouped": Entry(variants.molora_in_form("grouped")),
     "naive loop": Entry(variants.naive),
     "loop with index_select": Entry(variants.selecting),
     "dense eager": Entry(variants.dense_eager),
@@ -204,6 +207,7 @@ def measured(shape: Shape, only: Sequence[str] | None, rounds: int, warmup: int)
     return {
         "shape": asdict(shape),
         "base": BASE,
+        "chosen_form": form_for(p.x, shape.experts, shape.top_k, shape.rank),
         "rounds": rounds,
         "rows": rows,
         "not_measured": absent,

@@ -28,13 +28,13 @@ class Absent(Exception):
     """A peer that cannot run here, and why."""
 
 
-def _require(module: str) -> None:
+def require(module: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise Absent(f"{module} is not installed")
 
 
 @torch.no_grad()
-def _set(parameter: Any, value: Tensor | None) -> Tensor:
+def set_to(parameter: Any, value: Tensor | None) -> Tensor:
     assert isinstance(parameter, Tensor) and value is not None
     return parameter.copy_(value)
 
@@ -59,7 +59,7 @@ def unsloth(rank: int) -> Build:
             raise Absent("unsloth needs a CUDA device")
         if shape.dropout:
             raise Absent("unsloth's fused MLP has no dropout")
-        _require("unsloth")
+        require("unsloth")
         from unsloth.kernels.fast_lora import (  # pyright: ignore[reportMissingImports] # optional
             apply_lora_mlp_swiglu,
         )
@@ -72,7 +72,7 @@ def unsloth(rank: int) -> Build:
 
 
 def _peft_mlp(p: Problem, shape: Shape, rank: int) -> tuple[Any, list[Tensor]]:
-    _require("peft")
+    require("peft")
     from peft import LoraConfig, inject_adapter_in_model  # pyright: ignore[reportMissingImports] # optional
 
     config = LoraConfig(
@@ -82,7 +82,7 @@ def _peft_mlp(p: Problem, shape: Shape, rank: int) -> tuple[Any, list[Tensor]]:
     leaves: list[Tensor] = []
     for name, q in zip(NAMES, p.single(rank, p.x.dtype).projections, strict=True):
         layer = getattr(module, name)
-        leaves += [_set(layer.lora_A.default.weight, q.lora_a), _set(layer.lora_B.default.weight, q.lora_b)]
+        leaves += [set_to(layer.lora_A.default.weight, q.lora_a), set_to(layer.lora_B.default.weight, q.lora_b)]
     return module, leaves
 
 
@@ -96,7 +96,7 @@ def _pairs(gradients: Sequence[Tensor]) -> dict[str, list[Tensor]]:
 def eulerforge(p: Problem, shape: Shape) -> Variant:
     """EulerForge's ``mixture_lora``: molora's mathematics, with experts and routers in the weights' dtype, and with
     dropout a mask for each expert."""
-    _require("eulerforge")
+    require("eulerforge")
     from eulerforge.modules.mixture_lora import (  # pyright: ignore[reportMissingImports] # optional
         replace_linears_with_mixture_lora_inplace,
     )
@@ -110,7 +110,7 @@ def eulerforge(p: Problem, shape: Shape) -> Variant:
     leaves = _fill(p, shape, branches)
     for name, router in zip(NAMES, p.routers, strict=True):
         made = getattr(mlp, name).router
-        leaves += [_set(made.weight, router.weight), _set(made.bias, router.bias)]
+        leaves += [set_to(made.weight, router.weight), set_to(made.bias, router.bias)]
 
     def named(gradients: list[Tensor]) -> dict[str, list[Tensor]]:
         found = _by_kind(shape.experts)(gradients)
@@ -123,7 +123,7 @@ def eulerforge(p: Problem, shape: Shape) -> Variant:
 def mixlora(p: Problem, shape: Shape) -> Variant:
     """mixlora's sparse block: the formula of :func:`bench.variants.gated_blocks`. One router instead of three, and down
     computed once for each chosen expert."""
-    _require("mixlora")
+    require("mixlora")
     from mixlora.config import MixLoraConfig  # pyright: ignore[reportMissingImports] # optional
     from mixlora.lora_linear import LoraLinear  # pyright: ignore[reportMissingImports]
     from mixlora.model import MixLoraSparseMoe  # pyright: ignore[reportMissingImports]
@@ -147,7 +147,7 @@ def mixlora(p: Problem, shape: Shape) -> Variant:
 
 def moe_peft(p: Problem, shape: Shape) -> Variant:
     """MoE-PEFT's mixlora block: the formula of :func:`bench.variants.gated_blocks`."""
-    _require("moe_peft")
+    require("moe_peft")
     _skip_init("moe_peft")
     from moe_peft.adapters.mixlora.config import MixLoraConfig  # pyright: ignore[reportMissingImports] # optional
     from moe_peft.adapters.mixlora.model import MixtralSparseMoe  # pyright: ignore[reportMissingImports]
@@ -182,7 +182,7 @@ def _fill(p: Problem, shape: Shape, branches: Sequence[Sequence[tuple[Any, Any]]
     for q, pairs in zip(p.projections, branches, strict=True):
         given = [expert(q, e, shape.rank, torch.float32) for e in range(shape.experts)]
         for side in (0, 1):
-            leaves += [_set(pair[side], values[side]) for pair, values in zip(pairs, given, strict=True)]
+            leaves += [set_to(pair[side], values[side]) for pair, values in zip(pairs, given, strict=True)]
     return leaves
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import molora_kernels as mk
 from bench.measure import Variant
 from bench.problem import Problem, Shape
+from molora_kernels.grouped_lora.dispatch import Form
 
 Project = Callable[[Tensor, mk.Projection, mk.Router | None], Tensor]
 Build = Callable[[Problem, Shape], Variant]
@@ -61,7 +62,7 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 def molora(p: Problem, shape: Shape) -> Variant:
-    """``mlp_block`` on the backend that its device has."""
+    """``mlp_block`` on the backend that its device has, in the form that the dispatch rule chooses."""
     gate, up, down = p.projections
 
     def forward(x: Tensor) -> Tensor:
@@ -72,6 +73,21 @@ def molora(p: Problem, shape: Shape) -> Variant:
         ).y  # fmt: skip
 
     return Variant(forward, p.leaves(), p.named)
+
+
+def molora_in_form(form: Form) -> Build:
+    """The same in a given form: ``dense`` computes all experts, ``grouped`` the chosen ones, on sorted tokens."""
+
+    def build(p: Problem, shape: Shape) -> Variant:
+        plain = molora(p, shape)
+
+        def forward(x: Tensor) -> Tensor:
+            with mk.use_form(form):
+                return plain.forward(x)
+
+        return Variant(forward, plain.leaves, plain.named)
+
+    return build
 
 
 def reference(p: Problem, shape: Shape) -> Variant:
