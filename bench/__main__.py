@@ -11,10 +11,13 @@ import importlib
 import sys
 
 COMMANDS = {
-    "compile": "bench.compile",
     "mlp": "bench.mlp",
     "op": "bench.op",
     "step": "bench.step",
+    "sweep": "bench.sweep",
+    "all": "bench.all",
+    "report": "bench.report",
+    "compile": "bench.compile",
 }
 
 

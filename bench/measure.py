@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,7 @@ class Variant:
     """One way to do the work."""
 
     forward: Callable[[Tensor], Any]
-    leaves: list[Tensor]
+    leaves: Sequence[Tensor]
     """What trains, besides x."""
     named: Callable[[list[Tensor]], dict[str, list[Tensor]]] = lambda gradients: {"leaves": gradients}
     """Gradients of the leaves by kind, in a layout that all variants of one mathematics share: for the check."""

@@ -97,6 +97,8 @@ def eulerforge(p: Problem, shape: Shape) -> Variant:
     """EulerForge's ``mixture_lora``: molora's mathematics, with experts and routers in the weights' dtype, and with
     dropout a mask for each expert."""
     require("eulerforge")
+    if shape.top_k == 1:
+        raise Absent("eulerforge renormalises the gate of a single expert to 1, which no router can learn from")
     from eulerforge.modules.mixture_lora import (  # pyright: ignore[reportMissingImports] # optional
         replace_linears_with_mixture_lora_inplace,
     )
@@ -130,7 +132,7 @@ def mixlora(p: Problem, shape: Shape) -> Variant:
 
     config = MixLoraConfig(
         model_type_="llama", dtype_=torch.float32, act_fn_="silu", num_experts_=shape.experts, top_k_=shape.top_k,
-        jitter_noise_=0.0, lora_r_=shape.rank, lora_alpha_=p.scaling * shape.rank,
+        jitter_noise_=0.0, lora_r_=shape.rank, lora_alpha_=int(p.scaling * shape.rank),
         lora_dropout_=shape.dropout or ALWAYS_DROPS,
     )  # fmt: skip
     base = Mlp(p.weights())
@@ -156,13 +158,12 @@ def moe_peft(p: Problem, shape: Shape) -> Variant:
 
     config = MixLoraConfig(
         adapter_name="it", act_fn_="silu", num_experts_=shape.experts, top_k_=shape.top_k, jitter_noise_=0.0,
-        router_init_range_=0.02, lora_r_=shape.rank, lora_alpha_=p.scaling * shape.rank,
+        router_init_range_=0.02, lora_r_=shape.rank, lora_alpha_=int(p.scaling * shape.rank),
         lora_dropout_=shape.dropout or ALWAYS_DROPS,
     )  # fmt: skip
     base, device = Mlp(p.weights()), str(p.x.device)
-    mlp = LlamaMLP(
-        base.gate_proj, base.down_proj, base.up_proj, types.SimpleNamespace(device_=device, hidden_act_="silu")
-    )
+    args: Any = types.SimpleNamespace(device_=device, hidden_act_="silu")
+    mlp = LlamaMLP(base.gate_proj, base.down_proj, base.up_proj, args)
     block = FeedForward(mlp)
     block.moes_["it"] = moe = MixtralSparseMoe(p.x.shape[1], torch.device(device), config, p.routers[0].weight)
     branches: list[list[tuple[Any, Any]]] = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -68,7 +68,9 @@ class Shape:
         return self.rows * self.length
 
     def config(self) -> LlamaConfig:
-        given = MODELS[self.model] | ({"num_hidden_layers": self.layers} if self.layers else {})
+        given = dict(MODELS[self.model])
+        if self.layers:
+            given["num_hidden_layers"] = self.layers
         return LlamaConfig(**given, max_position_embeddings=self.length, tie_word_embeddings=True)
 
 
@@ -77,7 +79,7 @@ class Step:
     """A model and how it takes a step."""
 
     model: Any
-    leaves: list[Tensor] = field(default_factory=list)
+    leaves: Sequence[Tensor] = ()
     routers: bool = False
     """molora's, whose losses enter the gradient."""
     optimizer: torch.optim.Optimizer | None = None

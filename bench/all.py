@@ -1,0 +1,75 @@
+"""Every result that the documentation shows, one command each, then ``report``.
+
+Each runs in a process of its own; one that fails does not stop the others, and the exit code says that one did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from bench.report import RESULTS
+
+WITHOUT_COMPILING = (
+    "transformers LlamaMLP", "molora", "molora dense", "molora grouped", "naive loop", "loop with index_select",
+    "dense eager", "PEFT LoRA r=64", "PEFT LoRA r=128", "eulerforge", "mixlora", "moe-peft",
+)  # fmt: skip
+"""What is timed where dropout gives ``torch.compile`` nothing new to show."""
+
+
+def commands(device: str) -> Iterator[tuple[str, list[str]]]:
+    """(name of the result, arguments of ``python -m bench``)"""
+    if device == "cpu":
+        for dtype in ("fp32", "bf16"):
+            yield f"mlp-cpu-{dtype}", ["mlp", "--dtype", dtype]
+        yield "mlp-cpu-fp32-dropout", ["mlp", "--dropout", "0.05", "--only", *WITHOUT_COMPILING]
+        yield "step-cpu-fp32", ["step"]
+        for dtype in ("fp32", "bf16"):
+            yield f"op-cpu-{dtype}", ["op", "--dtype", dtype, "--rounds", "7"]
+        for dtype in ("fp32", "bf16"):
+            yield f"sweep-cpu-{dtype}-tokens", ["sweep", "--over", "tokens", "--dtype", dtype, "--rounds", "5"]
+        for over in ("experts", "rank", "top_k", "layers"):
+            yield f"sweep-cpu-fp32-{over}", ["sweep", "--over", over, "--rounds", "5"]
+        for over in ("experts", "rank"):
+            yield f"sweep-cpu-bf16-{over}", ["sweep", "--over", over, "--dtype", "bf16", "--rounds", "5"]
+        return
+    block = ["--device", "cuda", "--dtype", "bf16", "--hidden", "3072", "--intermediate", "8192"]
+    model = ["--device", "cuda", "--dtype", "bf16", "--model", "llama3.2-3b"]
+    yield "mlp-cuda-bf16", ["mlp", *block, "--tokens", "8192"]
+    yield (
+        "mlp-cuda-bf16-dropout",
+        ["mlp", *block, "--tokens", "8192", "--dropout", "0.05", "--only", *WITHOUT_COMPILING],
+    )
+    yield "op-cuda-bf16", ["op", *block, "--tokens", "8192"]
+    for stage, rows, length in (("stage1", 10, 512), ("stage2", 8, 1024)):
+        size = ["--rows", str(rows), "--length", str(length), "--rounds", "5", "--warmup", "2"]
+        for kind in ("none", "non_reentrant"):
+            suffix = "" if kind == "none" else "-checkpointing"
+            yield f"step-cuda-bf16-{stage}{suffix}", ["step", *model, *size, "--checkpointing", kind]
+    for over in ("tokens", "experts", "rank", "top_k"):
+        fixed = [] if over == "tokens" else ["--tokens", "8192"]
+        yield f"sweep-cuda-bf16-{over}", ["sweep", "--over", over, *block, *fixed, "--rounds", "10"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--match", default="", help="only results whose name contains this")
+    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+
+
+def run(options: argparse.Namespace) -> int:
+    root, failed = RESULTS.parent.parent, []
+    for name, arguments in commands(options.device):
+        if options.match not in name:
+            continue
+        whole = [*arguments, "--json", str(RESULTS.relative_to(root) / f"{name}.json")]
+        print("python -m bench", shlex.join(whole), flush=True)
+        if not options.list:
+            done = subprocess.run([sys.executable, "-m", "bench", *whole], cwd=root, check=False)
+            failed += [name] if done.returncode else []
+    if failed:
+        print("failed:", ", ".join(failed))
+    return 1 if failed else 0

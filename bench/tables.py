@@ -1,0 +1,234 @@
+"""Tables of the documentation, as text between two markers, from results alone.
+
+``<!-- bench:NAME -->`` … ``<!-- /bench:NAME -->``: what stands between is :data:`BLOCKS`'s NAME. No number there is
+written by hand, and a test compares them with the results.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+Result = Mapping[str, Any]
+Results = Mapping[str, Result]
+
+NOT_MEASURED = "not measured"
+MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
+
+
+def fill(text: str, results: Results) -> str:
+    """The page with every marked block made anew."""
+    return MARKED.sub(lambda found: found[1] + BLOCKS[found[2]](results) + found[3], text)
+
+
+# --- pieces ------------------------------------------------------------------------------------------------------
+
+
+def _row(result: Result | None, variant: str) -> Result | None:
+    return next((row for row in (result or {}).get("rows", ()) if row["variant"] == variant), None)
+
+
+def _cell(result: Result | None, variant: str, key: str, form: str = "{:.2f}") -> str:
+    row = _row(result, variant)
+    return NOT_MEASURED if row is None or key not in row else form.format(row[key])
+
+
+def _variants(found: Iterable[Result | None]) -> list[str]:
+    """In the order of the fullest result."""
+    every = sorted((r for r in found if r), key=lambda r: -len(r["rows"]))
+    return list(dict.fromkeys(row["variant"] for result in every for row in result["rows"]))
+
+
+def _table(heads: list[str], rows: Iterable[list[str]]) -> str:
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def _name(variant: str) -> str:
+    return f"**{variant}**" if variant == "molora" else variant
+
+
+def _origin(result: Result) -> str:
+    """Where a result came from, in one sentence."""
+    of = result["provenance"]
+    machine = of["gpu"] if _device(result) == "cuda" else f"{of['cpu']}, {result['threads']} threads"
+    dirty = " with uncommitted changes" if of["uncommitted_changes"] else ""
+    packages = ", ".join(f"{name} {version}" for name, version in of["packages"].items())
+    return f"{machine}; commit `{of['commit'][:7]}`{dirty}; {packages}"
+
+
+def _device(result: Result) -> str:
+    shape = result["runs"][0]["shape"] if "runs" in result else result["shape"]
+    return shape["device"]
+
+
+def _absent(result: Result) -> str:
+    """Reasons for what has no time, one line each."""
+    both = {
+        **result.get("not_measured", {}),
+        **{name: f"wrong: {why}" for name, why in result.get("wrong", {}).items()},
+    }
+    return "".join(f"- {name}: {NOT_MEASURED}, {why}.\n" for name, why in both.items())
+
+
+# --- blocks ------------------------------------------------------------------------------------------------------
+
+
+def speed_cpu(results: Results) -> str:
+    """The block and the step over the frozen base on a CPU."""
+    columns = {
+        "fp32": "mlp-cpu-fp32",
+        "bf16": "mlp-cpu-bf16",
+        "fp32, dropout 0.05": "mlp-cpu-fp32-dropout",
+        "training step, tiny Llama, fp32": "step-cpu-fp32",
+    }
+    found = {head: results.get(name) for head, name in columns.items()}
+    rows = (
+        [_name(v), *(_cell(r, v, "ratio") for r in found.values()), _cell(found["fp32"], v, "saved_mib", "{:.0f} MiB")]
+        for v in _variants(found.values())
+    )
+    head = "time over the frozen base, forward + backward"
+    return _table([head, *found, "saved for backward, fp32"], rows)
+
+
+def origin_cpu(results: Results) -> str:
+    """What the CPU's numbers were measured with."""
+    return _origins(results, "cpu", "mlp-cpu-fp32")
+
+
+def _origins(results: Results, device: str, full: str) -> str:
+    mine = {name: result for name, result in results.items() if _device(result) == device}
+    if not mine:
+        return f"{NOT_MEASURED.capitalize()} yet.\n"
+    by_origin: dict[str, list[str]] = {}
+    for name, result in mine.items():
+        by_origin.setdefault(_origin(result), []).append(f"`{name}`")
+    lines = "".join(f"- {', '.join(names)}: {origin}.\n" for origin, names in by_origin.items())
+    return lines + (_absent(mine[full]) if full in mine else "")
+
+
+def speed_gpu(results: Results) -> str:
+    """The block at Llama-3.2-3B's size, and the step at both stages' shapes, on a GPU."""
+    block = {"bf16": results.get("mlp-cuda-bf16"), "dropout 0.05": results.get("mlp-cuda-bf16-dropout")}
+    steps = {f"step, stage {n}": results.get(f"step-cuda-bf16-stage{n}") for n in (1, 2)}
+    found = {**block, **steps}
+    names = _variants(found.values()) or ["frozen base", "molora"]
+    rows = (
+        [
+            _name(v),
+            *(_cell(r, v, "ratio") for r in found.values()),
+            _cell(found["step, stage 2"], v, "tokens_per_s", "{:,.0f}"),
+            _gib(found["step, stage 2"], v),
+        ]
+        for v in names
+    )
+    head = "time over the frozen base, forward + backward"
+    return _table([head, *found, "tokens/s, stage 2", "peak memory, stage 2"], rows)
+
+
+def _gib(result: Result | None, variant: str) -> str:
+    row = _row(result, variant)
+    if row is None or "peak_mib" not in row:
+        return NOT_MEASURED
+    return f"{(row['static_mib'] + row['peak_mib']) / 1024:.1f} GiB"
+
+
+def ops(device: str, dtype: str) -> Callable[[Results], str]:
+    """Each operation's floor and what of it was reached."""
+
+    def block(results: Results) -> str:
+        result = results.get(f"op-{device}-{dtype}")
+        if result is None:
+            return f"{NOT_MEASURED.capitalize()} yet.\n"
+        rows = []
+        for name, case in result["cases"].items():
+            ours, base = _row(case, "molora"), case["rows"][0] if case["rows"] else None
+            if ours is None or base is None:
+                rows.append([name, "", *[NOT_MEASURED] * 7])
+                continue
+            for i, (part, ms) in enumerate((("forward", "fwd_ms"), ("backward", "bwd_ms"))):
+                rows.append(
+                    [
+                        name,
+                        part,
+                        f"{ours['gflop'][i]:.1f}",
+                        f"{1e3 * ours['gbyte'][i]:.0f}",
+                        f"{ours['floor_ms'][i]:.2f}",
+                        f"{ours[ms]:.2f}",
+                        f"{100 * ours['share'][i]:.0f} %",
+                        f"{base['variant']} {base[ms]:.2f}",
+                    ]
+                )
+        shape, machine = result["shape"], result["roofline"]
+        size = f"T = {shape['tokens']}, hidden {shape['hidden']}, intermediate {shape['intermediate']}"
+        head = (
+            f"{size}, {shape['dtype']}; this machine's roofline, measured in the same run: "
+            f"{machine['gflop_per_s']:,.0f} GFLOP/s, {machine['gbyte_per_s']:.1f} GB/s.\n\n"
+        )
+        heads = ["operation", "", "GFLOP", "MB", "floor, ms", "measured, ms", "of the floor", "beside, ms"]
+        return head + _table(heads, rows)
+
+    return block
+
+
+def dispatch(device: str) -> Callable[[Results], str]:
+    """Both forms' measured times, and which the rule takes."""
+
+    def block(results: Results) -> str:
+        rows = []
+        for result in (r for name, r in results.items() if name.startswith(f"sweep-{device}-")):
+            if result["over"] == "layers":
+                continue
+            for run in result["runs"]:
+                forms = {form: _row(run, f"molora {form}") for form in ("dense", "grouped")}
+                dense, grouped = forms["dense"], forms["grouped"]
+                if dense is None or grouped is None:
+                    continue
+                shape, chosen = run["shape"], run["chosen_form"]
+                times = {"dense": dense["total_ms"], "grouped": grouped["total_ms"]}
+                lost = times[chosen] / min(times.values()) - 1
+                rows.append(
+                    [
+                        shape["dtype"],
+                        *(str(shape[key]) for key in ("tokens", "experts", "top_k", "rank")),
+                        f"{dense['ratio']:.2f}",
+                        f"{grouped['ratio']:.2f}",
+                        chosen,
+                        f"{100 * lost:.0f} %",
+                    ]
+                )
+        if not rows:
+            return f"{NOT_MEASURED.capitalize()} yet.\n"
+        return _table(["dtype", "T", "E", "k", "r", "dense", "grouped", "the rule takes", "and loses"], rows)
+
+    return block
+
+
+def plots(device: str) -> Callable[[Results], str]:
+    """The plots that there are results for."""
+
+    def block(results: Results) -> str:
+        lines = []
+        if any(name.startswith(f"sweep-{device}-") and name.endswith("-tokens") for name in results):
+            lines.append(f"![Percent over the frozen base against tokens, {device}](bench/{device}-tokens.png)\n")
+        if any(name.startswith(f"sweep-{device}-") and not name.endswith("-tokens") for name in results):
+            lines.append(f"![Cost as work grows, {device}](bench/{device}-sweeps.png)\n")
+        return "\n".join(lines) or f"{NOT_MEASURED.capitalize()} yet.\n"
+
+    return block
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "speed-cpu": speed_cpu,
+    "speed-gpu": speed_gpu,
+    "origin-cpu": origin_cpu,
+    "origin-cuda": lambda results: _origins(results, "cuda", "mlp-cuda-bf16"),
+    "ops-cpu-fp32": ops("cpu", "fp32"),
+    "ops-cpu-bf16": ops("cpu", "bf16"),
+    "ops-cuda-bf16": ops("cuda", "bf16"),
+    "dispatch-cpu": dispatch("cpu"),
+    "dispatch-cuda": dispatch("cuda"),
+    "plots-cpu": plots("cpu"),
+    "plots-cuda": plots("cuda"),
+}
