@@ -35,6 +35,8 @@ setup(
         ],
         "data": ["datasets>=4", "math-verify>=0.8", "matplotlib>=3.8"],
         "quantize": ["bitsandbytes>=0.46"],
+        # What benchmarks compare with. moe-peft 2.0.2 runs too, but pins an old torch: pip install --no-deps.
+        "peers": ["peft>=0.17", "eulerforge==0.1.0", "mixlora==0.2.3"],
         "track": ["tensorboard>=2.16"],
         "dev": [
             "bitsandbytes>=0.46",

@@ -143,6 +143,17 @@ def peak_mib(variant: Variant, x: Tensor, upstream: Outputs) -> float | None:
     return (torch.cuda.max_memory_allocated(x.device) - before) / MIB
 
 
+def spent(variant: Variant, x: Tensor, upstream: Outputs, most: int = 4) -> dict[str, float]:
+    """Share of a forward and backward's own time by PyTorch operator (on CUDA: by kernel), the largest ``most``."""
+    activity = torch.profiler.ProfilerActivity.CUDA if x.is_cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        variant.backward(variant.forward(input_leaf(x)), upstream)
+    taken = {e.key: e.self_device_time_total if x.is_cuda else e.self_cpu_time_total for e in profile.key_averages()}
+    whole = sum(taken.values())
+    largest = sorted(taken, key=lambda key: -taken[key])[:most]
+    return {key.removeprefix("aten::"): round(taken[key] / whole, 3) for key in largest} if whole else {}
+
+
 def median_ratio(ours: list[float], base: list[float]) -> tuple[float, float, float]:
     """Median, lower and upper quartile of the ratio, round by round."""
     ratios = [a / b for a, b in zip(ours, base, strict=True)]

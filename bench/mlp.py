@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ from molora_kernels.mlp_block import cost
 BASE = "frozen base"
 
 
+def _as_given(p: Problem) -> Problem:
+    return p
+
+
 @dataclass(frozen=True)
 class Entry:
     """A way to compute a block, and what it is held to."""
@@ -36,13 +41,13 @@ class Entry:
     """Its definition; run in fp64."""
     eager: Build = variants.naive
     """Its definition in plain PyTorch; run in the variant's own dtype, it says how large an error may be."""
-    prepare: Callable[[Problem], Problem] = lambda p: p
+    prepare: Callable[[Problem], Problem] = _as_given
     """The problem that it solves: the given one, or one with other adapters."""
     optional: bool = False
     """It may be unable to run here."""
 
 
-def _other(build: Build, exact: Build, prepare: Callable[[Problem], Problem] = lambda p: p) -> Entry:
+def _other(build: Build, exact: Build, prepare: Callable[[Problem], Problem] = _as_given) -> Entry:
     return Entry(build, exact, exact, prepare, optional=True)
 
 
@@ -86,19 +91,31 @@ def fault(name: str, shape: Shape) -> str | None:
     """
     entry, small = ENTRIES[name], replace(shape, tokens=min(shape.tokens, CHECKED_TOKENS))
     without = replace(small, dropout=0.0)
-    given = problem(small)
-    exact_problem = entry.prepare(given).to(torch.float64)
-    keep = decided(given.to(torch.float64), shape.top_k)
+    given, drops = problem(small), small if name.startswith("molora") else without
+    found = _running(entry, lambda: _results(entry.build, given, drops, _keep(small)))
+    exact = _exact(entry.exact, entry.prepare, drops)
+    return check.fault(found, exact, _allowed(entry.exact, entry.eager, entry.prepare, without), shape.torch_dtype)
 
-    def results(build: Build, p: Problem, of: Shape) -> check.Results:
-        torch.manual_seed(shape.seed)  # a dropout seed is drawn from here, the same for a variant and its definition
-        return check.results(build(p, of), p.x, p.dy, keep=keep)
 
-    eager = results(entry.eager, entry.prepare(given), without), results(entry.exact, exact_problem, without)
-    allowed = check.errors(*eager)
-    drops = small if name.startswith("molora") else without
-    found = _running(entry, lambda: results(entry.build, given, drops))
-    return check.fault(found, results(entry.exact, exact_problem, drops), allowed, shape.torch_dtype)
+def _results(build: Build, p: Problem, shape: Shape, keep: Tensor) -> check.Results:
+    torch.manual_seed(shape.seed)  # a dropout seed is drawn from here, the same for a variant and its definition
+    return check.results(build(p, shape), p.x, p.dy, keep=keep)
+
+
+@lru_cache(maxsize=1)
+def _keep(shape: Shape) -> Tensor:
+    return decided(problem(shape).to(torch.float64), shape.top_k)
+
+
+@lru_cache(maxsize=8)  # as many definitions as there are; fp64 takes its time at a model's true size
+def _exact(build: Build, prepare: Callable[[Problem], Problem], shape: Shape) -> check.Results:
+    return _results(build, prepare(problem(shape)).to(torch.float64), shape, _keep(shape))
+
+
+@lru_cache(maxsize=8)
+def _allowed(exact: Build, eager: Build, prepare: Callable[[Problem], Problem], shape: Shape) -> dict[str, float]:
+    found = _results(eager, prepare(problem(shape)), shape, _keep(shape))
+    return check.errors(found, _exact(exact, prepare, shape))
 
 
 def _running(entry: Entry, work: Callable[[], Any]) -> Any:

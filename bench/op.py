@@ -253,6 +253,7 @@ def measured(case: Case, shape: Shape, machine: Roofline, rounds: int, warmup: i
             row["gbyte"] = [round(1e-9 * b, 4) for b in case.bytes]
             least = [machine.ms(f, b) for f, b in zip(case.flops, case.bytes, strict=True)]
             row["floor_ms"] = [round(ms, 3) for ms in least]
+            row["spent"] = measure.spent(built["molora"], inputs.x, inputs.upstream)
             row["share"] = [round(ms / row[part], 3) for ms, part in zip(least, ("fwd_ms", "bwd_ms"), strict=True)]
     return {"base": base, "rows": rows, "not_measured": {}, "wrong": wrong}
 

@@ -3,6 +3,7 @@ every line has its own marker too."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,7 @@ def _panel(ax: Axes, sweep: Result) -> None:
     ax.minorticks_off()
     low, high = _range(row["ratio"] for run in runs for row in run["rows"])
     ax.set_ylim(low, high)
-    ticks = [tick for tick in TICKS if low <= tick <= high]
+    ticks = _apart([tick for tick in TICKS if low <= tick <= high], least=math.log(high / low) / 14)
     ax.set_yticks(ticks, [f"{100 * (tick - 1):+.0f} %" if tick != 1 else "frozen base" for tick in ticks])
     ax.minorticks_off()
     ax.grid(axis="y", color="#e4e4e4", linewidth=0.7)
@@ -104,6 +105,15 @@ def _panel(ax: Axes, sweep: Result) -> None:
 def _range(ratios: Iterable[float]) -> tuple[float, float]:
     every = list(ratios)
     return min(0.97, 0.97 * min(every)), 1.08 * max(1.2, *every)
+
+
+def _apart(ticks: list[float], least: float) -> list[float]:
+    """Those that lie far enough from the last one kept, on a logarithmic axis, for their labels not to touch."""
+    kept = ticks[:1]
+    for tick in ticks[1:]:
+        if math.log(tick / kept[-1]) >= least:
+            kept.append(tick)
+    return kept
 
 
 def _dtype(sweep: Result) -> str:

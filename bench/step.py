@@ -128,10 +128,9 @@ Build = Callable[[Any, Shape], Step]
 """From a frozen base, whose weights are shared and not changed."""
 
 
-def _sharing(base: Any, copied: bool = False) -> Any:
+def _sharing(base: Any) -> Any:
     """A copy of the model's modules over the same weights."""
-    memo = {} if copied else {id(t): t for t in chain(base.parameters(), base.buffers())}
-    return copy.deepcopy(base, memo)
+    return copy.deepcopy(base, {id(t): t for t in chain(base.parameters(), base.buffers())})
 
 
 def frozen(base: Any, shape: Shape) -> Step:
@@ -220,20 +219,25 @@ STEPS: dict[str, Build] = {
 
 
 def reference(name: str, step: Step, base: Any, shape: Shape) -> tuple[Step, bool]:
-    """What a variant must equal, built from it: molora by its reference implementation; a plain LoRA merged into the
-    weights; EulerForge, which holds molora's weights, as molora. Whether the adapters' own gradients can be compared
-    (and the router losses, which no peer has, are in them)."""
+    """What a variant must equal, built from it: molora by its reference implementation, PEFT by that of a plain LoRA
+    with its weights; EulerForge, which holds molora's weights, as molora. And whether the adapters' own gradients can
+    be compared (the router losses, which no peer has, are in them)."""
+    if name == BASE:
+        return step, False
     if name.startswith("molora"):
         return Step(step.model, step.leaves, routers=True), True
     if name == "eulerforge":
         silent = MoE(router_z_loss_coef=0.0, load_balance=LoadBalance(type="none"))
         return Step(molora(moe=silent)(base, shape).model, routers=True), False
-    merged = _sharing(base, copied=True)
-    for path, module in step.model.named_modules():
-        if hasattr(module, "lora_A"):
-            delta = module.lora_B.default.weight @ module.lora_A.default.weight
-            merged.get_submodule(path).weight.data += module.scaling["default"] * delta.detach()
-    return Step(merged), False
+    theirs = {path: module for path, module in step.model.named_modules() if hasattr(module, "lora_A")}
+    rank = next(iter(theirs.values())).r["default"]
+    plain = Injection(strategy="dense_lora", lora_r=rank, lora_alpha=2 * rank, lora_dropout=0.0)
+    model = inject(_sharing(base), plain)
+    for path, module in theirs.items():
+        ours: Any = model.get_submodule(path)
+        peers.set_to(ours.lora_a, module.lora_A.default.weight)
+        peers.set_to(ours.lora_b, module.lora_B.default.weight)
+    return Step(model), False
 
 
 def fault(name: str, shape: Shape) -> str | None:

@@ -158,6 +158,7 @@ def ops(device: str, dtype: str) -> Callable[[Results], str]:
                         f"{ours[ms]:.2f}",
                         f"{100 * ours['share'][i]:.0f} %",
                         f"{base['variant']} {base[ms]:.2f}",
+                        "" if i else ", ".join(f"{key} {100 * part:.0f} %" for key, part in ours["spent"].items()),
                     ]
                 )
         shape, machine = result["shape"], result["roofline"]
@@ -166,7 +167,17 @@ def ops(device: str, dtype: str) -> Callable[[Results], str]:
             f"{size}, {shape['dtype']}; this machine's roofline, measured in the same run: "
             f"{machine['gflop_per_s']:,.0f} GFLOP/s, {machine['gbyte_per_s']:.1f} GB/s.\n\n"
         )
-        heads = ["operation", "", "GFLOP", "MB", "floor, ms", "measured, ms", "of the floor", "beside, ms"]
+        heads = [
+            "operation",
+            "",
+            "GFLOP",
+            "MB",
+            "floor, ms",
+            "measured, ms",
+            "of the floor",
+            "beside, ms",
+            "where forward and backward's time goes",
+        ]
         return head + _table(heads, rows)
 
     return block

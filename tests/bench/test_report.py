@@ -1,0 +1,83 @@
+"""The pages say what the results say; tables and plots of every kind can be made."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import mlp, plots, report, step, sweep, tables
+from bench.__main__ import main
+from bench.all import commands
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
+def test_pages_equal_the_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert tables.MARKED.search(text), "no table is marked"
+    assert tables.fill(text, report.load()) == text, "run python -m bench report"
+
+
+def test_a_changed_number_is_put_right() -> None:
+    results: Any = copy.deepcopy(report.load())
+    page = report.PAGES[0].read_text(encoding="utf-8")
+    results["mlp-cpu-fp32"]["rows"][1]["ratio"] = 98.76
+    assert "98.76" in tables.fill(page, results)
+
+
+def test_without_results_every_table_says_so() -> None:
+    for page in report.PAGES:
+        filled = tables.fill(page.read_text(encoding="utf-8"), {})
+        for name in tables.BLOCKS:
+            if f"bench:{name} " in filled:
+                block = filled.split(f"<!-- bench:{name} -->")[1].split("<!-- /bench")[0]
+                assert "ot measured" in block or name == "speed-cpu", name
+
+
+def test_a_reason_for_what_has_no_time_is_on_the_page() -> None:
+    results: Any = copy.deepcopy(report.load())
+    results["mlp-cpu-fp32"]["not_measured"] = {"mixlora": "mixlora is not installed"}
+    assert "mixlora: not measured, mixlora is not installed" in tables.origin_cpu(results)
+
+
+ROW = {"fwd_ms": 1.0, "bwd_ms": 2.0, "total_ms": 3.0, "ratio_quartiles": [1.0, 1.3], "saved_mib": 1.0}
+
+
+def synthetic_sweep(over: str) -> dict[str, Any]:
+    runs = []
+    for value in (2, 4, 8):
+        shape = {"tokens": 64, "hidden": 8, "experts": 8, "top_k": 2, "rank": 4, "dtype": "fp32", "device": "cpu"}
+        shape |= {over: value, "config": {"hidden_size": 8}}
+        names = ("frozen base", "molora", "molora dense", "molora grouped")
+        rows = [ROW | {"variant": name, "ratio": 1 + 0.1 * i * value} for i, name in enumerate(names)]
+        rows[3]["total_ms"] = 2.0
+        floors = {"flops_dense": 1.2, "flops_sparse": 1.1, "roofline_dense": 1.3}
+        run = {"shape": shape, "rows": rows, "chosen_form": "dense", "floors": floors}
+        runs.append(run)
+    return {"op": "sweep", "over": over, "threads": 1, "runs": runs}
+
+
+def test_plots_are_drawn_for_every_sweep(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    results = {f"sweep-cpu-fp32-{over}": synthetic_sweep(over) for over in sweep.VALUES}
+    drawn = plots.draw(results, tmp_path)
+    assert [path.name for path in drawn] == ["cpu-tokens.png", "cpu-sweeps.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_what_the_dispatch_rule_loses_is_shown() -> None:
+    block = tables.BLOCKS["dispatch-cpu"]({"sweep-cpu-fp32-rank": synthetic_sweep("rank")})
+    assert "| fp32 | 64 | 8 | 2 | 2 | 1.40 | 1.60 | dense | 50 % |" in block  # 3 ms taken, 2 ms to be had
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_commands_of_all_are_ones_that_exist(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["all", "--device", device, "--list"]) == 0
+    listed = capsys.readouterr().out
+    for name, arguments in commands(device):
+        assert f"bench/results/{name}.json" in listed
+        known = step.STEPS if arguments[0] == "step" else mlp.ENTRIES
+        if "--only" in arguments:
+            assert set(arguments[arguments.index("--only") + 1 :]) <= known.keys()
