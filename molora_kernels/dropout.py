@@ -53,21 +53,16 @@ def dropout_mask(seed: Tensor, rows: int, columns: int, p: float, stream: int = 
     row_keys = _row_keys(seed, rows, stream)
     pairs = (columns + 1) // 2
     column_keys = _to_int32(torch.arange(pairs, device=seed.device) * GOLDEN)
-    # A word's low half belongs to the even column: what a little-endian view of int32 as int16 gives.
-    words = torch.empty(rows, pairs, dtype=torch.int32, device=seed.device)
+    kept = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
     step = max(1, _CHUNK // max(pairs, 1))
     for start in range(0, rows, step):
-        chunk = words[start : start + step]
-        torch.add(row_keys[start : start + step, None], column_keys, out=chunk)
-        _mix_(chunk)
-    # Signed 16-bit views order like the unsigned words once both sides are shifted by 2^15.
-    halves = words.view(torch.int16)[:, :columns]
-    cut = threshold(p)
-    if cut == 0:
-        return torch.ones(rows, columns, dtype=torch.bool, device=seed.device)
-    if cut <= 32768:  # dropped: unsigned value in [0, cut) = non-negative signed value below cut
-        return (halves < 0) | (halves >= cut) if cut < 32768 else halves < 0
-    return (halves < 0) & (halves >= cut - 65536)
+        words = _mix_(row_keys[start : start + step, None] + column_keys)
+        # With the top bits turned over, halves as signed numbers are in the order of the unsigned ones. A word's low
+        # half belongs to the even column: what a little-endian view of int32 as int16 gives.
+        words ^= _signed(0x80008000)
+        halves = words.view(torch.int16)[:, :columns]
+        torch.ge(halves, threshold(p) - 32768, out=kept[start : start + step])
+    return kept
 
 
 def _row_keys(seed: Tensor, rows: int, stream: int) -> Tensor:

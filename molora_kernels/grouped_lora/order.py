@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -18,6 +17,10 @@ class Group(NamedTuple):
     """(n,) tokens, ascending."""
     experts: tuple[int, ...]
     """What each of these tokens is computed with, ascending."""
+    columns: Tensor
+    """The same, int64 on the tokens' device."""
+    gates: Tensor
+    """(n, len(experts)), contiguous."""
 
 
 def groups_of(gates_TE: Tensor, top_k: int) -> list[Group]:
@@ -29,12 +32,13 @@ def groups_of(gates_TE: Tensor, top_k: int) -> list[Group]:
     """
     experts = gates_TE.shape[1]
     best = gates_TE.abs().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    chosen = torch.zeros_like(gates_TE, dtype=torch.bool).scatter_(1, best, True)
-    if math.comb(experts, top_k) <= MOST_SETS:
-        sets = list(itertools.combinations(range(experts), top_k))
-        members = torch.tensor(sets, device=gates_TE.device)
-        belongs = chosen[:, members].all(-1)
-    else:
-        sets, belongs = [(e,) for e in range(experts)], chosen
-    groups = (Group(belongs[:, i].nonzero().squeeze(1), experts) for i, experts in enumerate(sets))
-    return [group for group in groups if group.rows.numel()]
+    by_set = math.comb(experts, top_k) <= MOST_SETS
+    keys = (1 << best).sum(1, keepdim=True) if by_set else best
+    ordered = keys.flatten().sort(stable=True)
+    found, sizes = (t.tolist() for t in torch.unique_consecutive(ordered.values, return_counts=True))
+    groups = []
+    for key, rows in zip(found, (ordered.indices // keys.shape[1]).split(sizes), strict=True):
+        own = tuple(e for e in range(experts) if key >> e & 1) if by_set else (key,)
+        columns = torch.tensor(own, device=gates_TE.device)
+        groups.append(Group(rows, own, columns, gates_TE.index_select(0, rows).index_select(1, columns)))
+    return groups

@@ -26,8 +26,8 @@ def forward(
 ) -> tuple[list[Tensor], Tensor]:
     """One (T, N) output per projection, and the ungated shrink s (T, G * R) that backward needs."""
     dtype = x_TK.dtype
-    a = torch.cat(lora_a_RK).to(dtype)
-    s = dropped(x_TK, kept(x_TK, dropout_seed, dropout_p, stream), dropout_p).mm(a.T)
+    kept = kept_of(x_TK, dropout_seed, dropout_p, stream)
+    s = (x_TK if kept is None else x_TK * kept).mm(scaled(torch.cat(lora_a_RK), dropout_p).to(dtype).T)
     groups = len(lora_b_NR)
     gated = gate(s, gates_THE, groups, scaling)
     outputs = []
@@ -79,15 +79,17 @@ def backward(
         ]
 
     ds = gate(dgated, gates_THE, groups, scaling)
-    mask = kept(x_TK, dropout_seed, dropout_p, stream) if need_dlora or need_dx else None
+    kept = kept_of(x_TK, dropout_seed, dropout_p, stream) if need_dlora or need_dx else None
     da = x_TK.new_empty(0)
     if need_dlora:
-        da = ds.T.mm(dropped(x_TK, mask, dropout_p)).to(lora_a_RK[0].dtype)
+        da = ds.T.mm(x_TK if kept is None else x_TK * kept).to(lora_a_RK[0].dtype)
+        da = scaled(da, dropout_p)
 
     dx = x_TK.new_empty(0)
     if need_dx:
-        a = torch.cat(lora_a_RK).to(dtype)
-        dx = dropped(ds.mm(a), mask, dropout_p)
+        dx = ds.mm(scaled(torch.cat(lora_a_RK), dropout_p).to(dtype))
+        if kept is not None:
+            dx.mul_(kept)
         for dy, weight in zip(dys_TN, weights_NK, strict=bool(weights_NK)):
             dx.addmm_(dy, weight)
     return dx, da, db, dgates
@@ -116,12 +118,14 @@ def _part(columns_TGR: Tensor, g: int, groups: int) -> Tensor:
     return columns_TGR if groups == 1 else columns_TGR.chunk(groups, dim=1)[g]
 
 
-def kept(x_TK: Tensor, seed: Tensor | None, p: float, stream: int) -> Tensor | None:
+def kept_of(x_TK: Tensor, seed: Tensor | None, p: float, stream: int) -> Tensor | None:
+    """Dropout's mask of x, if there is dropout."""
     if not p:
         return None
     assert seed is not None
     return dropout_mask(seed, x_TK.shape[0], x_TK.shape[1], p, stream)
 
 
-def dropped(x_TK: Tensor, kept_TK: Tensor | None, p: float) -> Tensor:
-    return x_TK if kept_TK is None else (x_TK * survivor_scale(p)).mul_(kept_TK)
+def scaled(a: Tensor, p: float) -> Tensor:
+    """A, or its gradient, times what dropout's survivors are multiplied by: that is smaller than x by far."""
+    return a * survivor_scale(p) if p else a

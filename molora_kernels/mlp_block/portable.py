@@ -88,21 +88,20 @@ def backward(
     settings = (dropout_seed, scaling, dropout_p)
 
     project = functools.partial(portable_grouped.backward, top_k=top_k) if form == "grouped" else portable.backward
-    silu = F.silu(h_gate)
-    h = silu * h_up
+    h = F.silu(h_gate).mul_(h_up)
     dh, da_down, db_down, dgates_down = project(
         [dy_TK], h, weights[2:], lora_a[2:], lora_b[2:], gates_in if gates_down is None else gates_down, s_down,
         *settings, 1, True, need_dlora, need_dlogits,
     )  # fmt: skip
-    dlogits = []
+    drouter: list[tuple[Tensor, Tensor]] = []
     if need_dlogits and gates_down is not None and logits_down is not None:
         dsums_down = None if dsums is None else dsums[2:]
-        dlogits_down = router.dlogits_of(dgates_down, dsums_down, logits_down, gates_down, mask_T, top_k)[:, 0]
-        dh.addmm_(dlogits_down.to(dtype), router_weights[2].to(dtype))
-        dlogits.append(dlogits_down)
+        dlogits_down = router.dlogits_of(dgates_down, dsums_down, logits_down, gates_down, mask_T, top_k)
+        dh.addmm_(dlogits_down[:, 0].to(dtype), router_weights[2].to(dtype))
+        if need_drouter:
+            drouter = _router_grads(dlogits_down, h)
 
-    dh_up = silu.mul_(dh)
-    dh_gate = torch.ops.aten.silu_backward(dh.mul_(h_up), h_gate)
+    dh_gate, dh_up = _swiglu_backward_(dh, h, h_gate, h_up)
     dx, da_in, db_in, dgates_in = project(
         [dh_gate, dh_up], x_TK, weights[:2], lora_a[:2], lora_b[:2], gates_in, s_in,
         *settings, 0, need_dx, need_dlora, need_dlogits,
@@ -114,16 +113,29 @@ def backward(
         dlogits_in = router.dlogits_of(dgates_in, dsums_in, logits_in, gates_in, mask_T, top_k)
         if need_dx:
             dx.addmm_(dlogits_in.flatten(1).to(dtype), torch.cat(router_weights[:2]).to(dtype))
-        dlogits = [*dlogits_in.unbind(1), *dlogits]
+        if need_drouter:
+            drouter = [*_router_grads(dlogits_in, x_TK), *drouter]
 
-    drouter_weights: list[Tensor] = []
-    drouter_biases: list[Tensor] = []
-    if need_drouter:
-        inputs = [x_TK] * (len(dlogits) - (gates_down is not None)) + [h] * (gates_down is not None)
-        drouter_weights = [d.T.mm(i.to(d.dtype)) for d, i in zip(dlogits, inputs, strict=True)]
-        drouter_biases = [d.sum(0) for d in dlogits]
     da = [*(part.clone() for part in da_in.chunk(2)), da_down] if need_dlora else []
-    return dx, da, [*db_in, *db_down], drouter_weights, drouter_biases
+    return dx, da, [*db_in, *db_down], [weight for weight, _ in drouter], [bias for _, bias in drouter]
+
+
+def _router_grads(dlogits_THE: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The gradients of weight and bias of each router that reads x, in the routers' precision."""
+    dweights = dlogits_THE.flatten(1).T.mm(x.to(dlogits_THE.dtype)).split(dlogits_THE.shape[2])
+    return [(dweight.clone(), dlogits.sum(0)) for dweight, dlogits in zip(dweights, dlogits_THE.unbind(1), strict=True)]
+
+
+_ROWS = 64
+"""Tokens at a time in elementwise passes of several steps: what they read and write stays in a core's cache."""
+
+
+def _swiglu_backward_(dh: Tensor, h: Tensor, h_gate: Tensor, h_up: Tensor) -> tuple[Tensor, Tensor]:
+    """dh_gate in dh's memory and dh_up in h's."""
+    for dh_n, h_n, gate_n, up_n in zip(*(t.split(_ROWS) for t in (dh, h, h_gate, h_up)), strict=True):
+        torch.ops.aten.silu.out(gate_n, out=h_n).mul_(dh_n)
+        torch.ops.aten.silu_backward.grad_input(dh_n.mul_(up_n), gate_n, grad_input=dh_n)
+    return dh, h
 
 
 def no_routing(x: Tensor) -> tuple[Tensor, Tensor]:
