@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The two-stage reasoning pipeline: general instructions, both benches (the base model's too), then chain of thought,
-# both benches again.
+# both benches again, and what that means, in words. Rows that were measured once are not measured again.
 #
 #   MODEL=meta-llama/Llama-3.2-3B OUTPUT=outputs/reasoning configs/run_llama32_pipeline_reasoning.sh
 #
@@ -63,3 +63,6 @@ bench "$OUTPUT/bench_stage1.json" --model base --model "$stage1/final"
     --set training.batch_size=8 --set training.grad_accum_steps=2 \
     --output-dir "$stage2" --metrics-level "$METRICS_LEVEL" --resume $TRAIN_ARGS
 bench "$OUTPUT/bench_stage2.json" --model "$stage2/final"
+
+"$PYTHON" -m molora.verdict "$OUTPUT/bench_stage1.json" "$OUTPUT/bench_stage2.json" \
+    --general "$GENERAL_BENCH" --maths "$MATH_BENCH" --output "$OUTPUT/verdict.json"

@@ -3,6 +3,10 @@
     python -m molora.evaluate --model base --model outputs/quickstart/stage2/final \\
         --bench data/quickstart/general.bench.jsonl --bench data/quickstart/maths.bench.jsonl
 
+What is measured is kept row by row in ``outputs/evaluate/``, keyed by the model's and the bench's bytes and the
+settings: a killed run goes on where it was, and nothing is measured twice. pass@1 is exact match of one greedy answer,
+judged by math-verify.
+
 Shape letters: B rows, T tokens per row (padded), N positions with a loss, H hidden size, V vocabulary, R routers,
 E experts.
 """
@@ -10,12 +14,15 @@ E experts.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,18 +32,80 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molora import chat, cli, provenance, routing
-from molora.adapter import is_adapter, load, read_manifest
+from molora.adapter import describe_base, is_adapter, load, pick_device, pick_dtype, read_manifest
 from molora.answers import check_gold, is_correct
 from molora.config import Config
 from molora.config import Data as DataConfig
 from molora.data import Batch, Collate, Example, Row, read_rows
 from molora.errors import UserError
-from molora.files import write_text
+from molora.files import file_sha256, write_text
 from molora.generate import Answer, decode, generate_tokens, prefix_cache
+from molora.journal import Journal
 from molora.loss import CHUNK_ELEMENTS
-from molora.scores import BenchResult, Score, groups_of, table
+from molora.scores import METHOD, BenchResult, Results, Score, comparison, differences, groups_of
+
+LOSS, ANSWERS = "loss", "answers"
+"""The parts of a measurement, as its journal names them."""
+MEASUREMENT = 1
+"""Raised with every change that changes what is measured, so that what was kept before is measured again."""
 
 # --- measuring ---------------------------------------------------------------------------------------------------
+
+
+class Opened:
+    """A model and its tokenizer, loaded when first asked for: not at all where everything was measured before."""
+
+    def __init__(self, name: str | Path, device: str = "auto") -> None:
+        self.name, self.device = str(name), device
+
+    @cached_property
+    def _pair(self) -> tuple[PreTrainedModel, Any]:
+        return load(self.name, device=self.device)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._pair[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._pair[1]
+
+
+def fingerprint(name: str | Path) -> dict[str, Any]:
+    """What decides what a model says: SHA-256 of the files in its folder, or the commit of a hub model.
+
+    An adapter's manifest fingerprints its base, so the adapter's own files are enough. Raises :class:`UserError` for a
+    model that is not there.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        base, _ = describe_base(Config(model_name=str(name)))
+        return {"hub": str(name), "commit": getattr(base, "_commit_hash", None)}
+    names = ("*.safetensors", "*.jinja", "config.json", "molora.json", "tokenizer*.json")
+    return {path.name: file_sha256(path) for pattern in names for path in sorted(folder.glob(pattern))}
+
+
+def evaluate_kept(
+    opened: Opened, bench: str | Path, folder: Path, *, limit: int | None = None, title: str = "", **settings: Any
+) -> BenchResult:
+    """:func:`evaluate` on the first ``limit`` rows of the file ``bench``, with what was measured before taken from
+    ``folder``. ``settings`` are those of :func:`evaluate`. Raises :class:`UserError` as it does."""
+    bench = Path(bench)
+    rows = read_rows(bench)[:limit]
+    device = pick_device(opened.device)
+    key = {
+        "model": fingerprint(opened.name),
+        "arithmetic": [device.type, str(pick_dtype("auto", device))],
+        "bench": file_sha256(bench),
+        "settings": settings,
+        "measurement": MEASUREMENT,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    journal = Journal(key, folder / f"{bench.stem}-{digest}.jsonl")
+    if not journal.finished(len(rows)):
+        evaluate(opened.model, opened.tokenizer, rows, title=title, journal=journal, **settings)
+        journal.finish(len(rows))
+    return _result(rows, journal)
 
 
 def evaluate(
@@ -49,6 +118,7 @@ def evaluate(
     max_length: int = 4096,
     loss_rows: int | None = None,
     title: str = "",
+    journal: Journal | None = None,
 ) -> BenchResult:
     """Loss of the answers of all rows, and exact match of greedy generation for rows with a text ``answer``.
 
@@ -59,6 +129,7 @@ def evaluate(
         max_length: tokens of a row that count for the loss; what comes after is left out.
         loss_rows: measure the loss on so many rows of each finest group, the first ones; None: on all.
         title: what the progress bars say in front.
+        journal: takes every batch as it is measured; rows that it has already are not measured again.
 
     Raises:
         UserError: no row has anything to measure, or an ``answer`` cannot be read.
@@ -66,16 +137,30 @@ def evaluate(
     for row in rows:
         if isinstance(row.get("answer"), str):
             check_gold(row["answer"], row.get("where", ""))
+    journal = journal or Journal({})
     was_training = model.training
     model.eval()
     try:
-        scores, read = _measure_loss(model, tokenizer, rows, loss_rows, batch_size, max_length, title)
-        scores, written = _measure_exact_match(model, tokenizer, rows, scores, batch_size, max_new_tokens, title)
+        _measure_loss(model, tokenizer, rows, journal, loss_rows, batch_size, max_length, title)
+        _measure_exact_match(model, tokenizer, rows, journal, batch_size, max_new_tokens, title)
     finally:
         model.train(was_training)
-    if read is None and written is None:
+    if not journal.rows(LOSS) and not journal.rows(ANSWERS):
         raise UserError(f"none of {len(rows)} rows has an answer to measure; add answers or raise max_length")
-    return BenchResult(tuple(scores), read, written)
+    return _result(rows, journal)
+
+
+def _result(rows: Sequence[Row], journal: Journal) -> BenchResult:
+    scores = [Score(groups_of(row)) for row in rows]
+    for i, score in enumerate(scores):
+        if i in journal.rows(LOSS):
+            loss, tokens = journal.rows(LOSS)[i]
+            score = replace(score, loss=loss, tokens=tokens)
+        if i in journal.rows(ANSWERS):
+            prediction, correct = journal.rows(ANSWERS)[i]
+            score = replace(score, prediction=prediction, correct=correct)
+        scores[i] = score
+    return BenchResult(tuple(scores), journal.speed(LOSS), journal.speed(ANSWERS), journal.seconds)
 
 
 def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -135,62 +220,61 @@ def _measure_loss(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
+    journal: Journal,
     limit: int | None,
     batch_size: int,
     max_length: int,
     title: str,
-) -> tuple[list[Score], float | None]:
-    """Scores with the loss, in the order of ``rows``, and tokens read per second."""
-    scores = [Score(groups_of(row)) for row in rows]
+) -> None:
     examples: dict[int, Example] = {}
     measured = Counter[str]()
-    for i, encoded in enumerate(_encode(tokenizer, rows, max_length)):
-        finest = scores[i].groups[-1]
+    for i, (row, encoded) in enumerate(zip(rows, _encode(tokenizer, rows, max_length), strict=True)):
+        finest = groups_of(row)[-1]
         if encoded.trainable and (limit is None or measured[finest] < limit):
             examples[i] = _example(encoded)
             measured[finest] += 1
-    if not examples:
-        return scores, None
     collate = Collate(tokenizer)
     order = sorted(examples, key=lambda i: len(examples[i].input_ids), reverse=True)
-    tokens, started = 0, time.perf_counter()
-    with tqdm(total=len(order), desc=f"{title} loss".strip(), unit="row", disable=None, leave=False) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = collate([examples[i] for i in chosen])
-            losses = answer_losses(model, batch.to(model.device)).tolist()
-            for i, loss in zip(chosen, losses, strict=True):
-                counted = int((examples[i].labels[1:] != chat.IGNORE).sum())
-                scores[i] = replace(scores[i], loss=loss, tokens=counted)
-            tokens += batch.tokens
-            bar.update(len(chosen))
-    return scores, tokens / (time.perf_counter() - started)
+    for chosen in _left(order, journal, LOSS, batch_size, f"{title} loss"):
+        started = time.perf_counter()
+        batch = collate([examples[i] for i in chosen])
+        losses = answer_losses(model, batch.to(model.device)).tolist()
+        counted = [int((examples[i].labels[1:] != chat.IGNORE).sum()) for i in chosen]
+        found = {i: [loss, tokens] for i, loss, tokens in zip(chosen, losses, counted, strict=True)}
+        journal.add(LOSS, found, batch.tokens, time.perf_counter() - started)
 
 
 def _measure_exact_match(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    scores: Sequence[Score],
+    journal: Journal,
     batch_size: int,
     max_new_tokens: int,
     title: str,
-) -> tuple[list[Score], float | None]:
-    """``scores`` with prediction and verdict where a row has an answer, and tokens written per second."""
-    scores = list(scores)
+) -> None:
     asked = [i for i, row in enumerate(rows) if isinstance(row.get("answer"), str) and "text" not in row]
-    if not asked:
-        return scores, None
-    prompts = [chat.encode_prompt(tokenizer, _question(rows[i])) for i in asked]
-    started = time.perf_counter()
-    with tqdm(total=len(asked), desc=f"{title} answers".strip(), unit="row", disable=None, leave=False) as bar:
-        answers: list[Answer] = generate_tokens(model, tokenizer, prompts, max_new_tokens, batch_size, bar.update)
-    seconds = time.perf_counter() - started
-    for i, answer in zip(asked, answers, strict=True):
-        prediction = decode(tokenizer, answer.tokens)
-        correct = is_correct(rows[i]["answer"], prediction)
-        scores[i] = replace(scores[i], prediction=prediction, correct=correct)
-    return scores, sum(answer.generated for answer in answers) / seconds
+    prompts = {i: chat.encode_prompt(tokenizer, _question(rows[i])) for i in asked}
+    # Those of about the same length together; the longest first, so that a lack of memory shows at once.
+    order = sorted(asked, key=lambda i: len(prompts[i]), reverse=True)
+    for chosen in _left(order, journal, ANSWERS, batch_size, f"{title} answers"):
+        started = time.perf_counter()
+        asking = [prompts[i] for i in chosen]
+        answers: list[Answer] = generate_tokens(model, tokenizer, asking, max_new_tokens, batch_size)
+        seconds = time.perf_counter() - started
+        texts = [decode(tokenizer, answer.tokens) for answer in answers]
+        found = {i: [text, is_correct(rows[i]["answer"], text)] for i, text in zip(chosen, texts, strict=True)}
+        journal.add(ANSWERS, found, sum(answer.generated for answer in answers), seconds)
+
+
+def _left(order: Sequence[int], journal: Journal, part: str, batch_size: int, title: str) -> Iterator[Sequence[int]]:
+    """Batches of the rows that the journal has not, in the order given, under a progress bar."""
+    left = [i for i in order if i not in journal.rows(part)]
+    done = len(order) - len(left)
+    with tqdm(total=len(order), initial=done, desc=title.strip(), unit="row", disable=None, leave=False) as bar:
+        for start in range(0, len(left), batch_size):
+            yield (chosen := left[start : start + batch_size])
+            bar.update(len(chosen))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> Iterator[chat.Encoded]:
@@ -220,30 +304,68 @@ def _question(row: Row) -> list[chat.Message]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ``arguments`` default to the process's own. Raises :class:`UserError` for bad input."""
-    options = _parse(arguments)
+    parser = argparse.ArgumentParser(prog="python -m molora.evaluate", description="Measure models on held-out rows.")
+    add_options(parser)
+    parser.add_argument("--baseline", metavar="MODEL", help="differences are against this one (default: the first)")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="results, and every row's prediction")
+    options = parser.parse_args(arguments)
+    baseline = options.baseline or (options.model or [""])[0]
+    if options.model and baseline not in options.model:
+        raise UserError(f"--baseline {baseline}: is none of the models; write it as one --model is written")
+    results = measured(options)
+    Console().print(comparison(results, baseline, "held-out rows"))
+    if options.output:
+        _write(options, baseline, results)
+        print(f"written: {options.output}")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What :func:`measured` reads."""
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="base|HUB|DIR",
+        help="hub name, model folder or a stage's final/ folder; base: the base model of that stage; repeatable",
+    )
+    parser.add_argument("--bench", action="append", default=[], metavar="FILE", help="JSONL rows; repeatable")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: %(default)s")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each bench")
+    parser.add_argument(
+        "--kept",
+        type=Path,
+        default=Path("outputs/evaluate"),
+        metavar="DIR",
+        help="where rows are kept as they are measured, and found again (default: %(default)s)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
+
+
+def measured(options: argparse.Namespace) -> dict[str, dict[str, BenchResult]]:
+    """model -> bench -> result for the options of :func:`add_options`. Raises :class:`UserError` for bad ones."""
     for name in ("max_new_tokens", "batch_size", "limit"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
-    benches = {path: read_rows(path)[: options.limit] for path in options.bench}
+    for name in ("model", "bench"):
+        if not getattr(options, name):
+            raise UserError(f"--{name} is missing: what is to be measured?")
     models = {name: _resolve(name, options.model) for name in options.model}
-    results: list[tuple[str, str, BenchResult]] = []
+    settings = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+    for path in options.bench:
+        read_rows(path)  # a bad row of the last bench should not be found after hours
+    results: dict[str, dict[str, BenchResult]] = {}
+    total, count = len(models) * len(set(options.bench)), 0
     for name, folder in models.items():
-        model, tokenizer = load(folder, device=options.device)
-        for path, rows in benches.items():
-            result = evaluate(
-                model,
-                tokenizer,
-                rows,
-                max_new_tokens=options.max_new_tokens,
-                batch_size=options.batch_size,
-                title=f"{name} {Path(path).name}",
+        opened = Opened(folder, options.device)
+        results[name] = {}
+        for path in dict.fromkeys(options.bench):
+            count += 1
+            title = f"{count}/{total} {Path(name).name} {Path(path).stem}"
+            results[name][path] = evaluate_kept(
+                opened, path, options.kept, limit=options.limit, title=title, **settings
             )
-            results.append((name, path, result))
-            if options.output:  # after each, so that an interruption loses one part and not all
-                _write(options, results)
-    Console().print(table(results))
-    if options.output:
-        print(f"written: {options.output}")
+    return results
 
 
 def _resolve(name: str, names: Sequence[str]) -> str:
@@ -256,31 +378,22 @@ def _resolve(name: str, names: Sequence[str]) -> str:
     return str(read_manifest(adapters[0])["base_model"])
 
 
-def _write(options: argparse.Namespace, results: Sequence[tuple[str, str, BenchResult]]) -> None:
+def _write(options: argparse.Namespace, baseline: str, results: Results) -> None:
+    entries = []
+    for model, benches in results.items():
+        for bench, result in benches.items():
+            entry = {"model": model, "bench": bench} | result.to_json()
+            if model != baseline:
+                entry["difference"] = differences([results[baseline][bench]], [result])
+            entries.append(entry)
     tree = {
         "provenance": provenance.collect(Config(data=DataConfig(path=options.bench))),
         "settings": {name: getattr(options, name) for name in ("max_new_tokens", "batch_size", "limit")},
-        "results": [{"model": model, "bench": bench} | result.to_json() for model, bench, result in results],
+        "baseline": baseline,
+        "method": METHOD,
+        "results": entries,
     }
     write_text(options.output, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m molora.evaluate", description="Measure models on held-out rows.")
-    parser.add_argument(
-        "--model",
-        action="append",
-        required=True,
-        metavar="base|HUB|DIR",
-        help="hub name, model folder or a stage's final/ folder; base: the base model of that stage; repeatable",
-    )
-    parser.add_argument("--bench", action="append", required=True, metavar="FILE", help="JSONL rows; repeatable")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: %(default)s")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each bench")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="results, and every row's prediction")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,9 @@
     python -m molora.prepare quickstart
     python -m molora.quickstart
 
-What is done already is not done again: a trained stage has its ``final`` folder, an interrupted one goes on from its
-last checkpoint, and every measurement lies in a file that names what it was made of. So a second run takes seconds.
+What is done already is not done again (:mod:`molora.pipeline`), so a second run takes seconds.
 
     <out>/stage1/, stage2/          the runs, as molora.train writes them
-    <out>/<stage>.inputs.json       what a stage was trained from
-    <out>/measured/<part>.json      one measurement each, with every prediction
     <out>/report.json, routing.png  the report
 """
 
@@ -17,27 +14,21 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from datetime import timedelta
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from transformers import PreTrainedModel
 
-from molora import checkpoint, cli, metrics, provenance, report, routing, scores, train
-from molora.adapter import load
+from molora import cli, provenance, report, routing
 from molora.config import Config, Data
 from molora.data import read_rows
 from molora.errors import UserError
-from molora.evaluate import evaluate, routing_counts
+from molora.evaluate import Opened, fingerprint, routing_counts
 from molora.files import file_sha256, write_text
-from molora.scores import BenchResult
-from molora.verdict import judge
+from molora.pipeline import Bench, Pipeline, clock
+from molora.scores import BenchResult, columns
+from molora.verdict import THRESHOLDS, judge_results
 
 PRESETS = Path(__file__).parent.parent / "configs" / "presets" / "quickstart"
 STAGES = {"stage1": ("stage1_general.yml", ("general",)), "stage2": ("stage2_maths.yml", ("maths", "general"))}
@@ -52,102 +43,50 @@ SETTINGS: dict[str, dict[str, int]] = {
 tokens; the base model would go on for as long as it may."""
 ROUTING_ROWS = 60
 """Rows of each bench that the routing is shown for."""
-MEASUREMENT = 1
-"""Raised with every change of this code that changes what is measured, so that older measurements are made again."""
 
 
 @dataclass
 class Quickstart:
-    """One output folder, brought up to date part by part."""
+    """The parts of the quickstart, in a pipeline of their own."""
 
     data: Path
-    out: Path
-    console: Console = field(default_factory=Console)
-    seconds: dict[str, float] = field(default_factory=dict)
-    """What each part took when it was done, in this run or an earlier one."""
+    pipeline: Pipeline
 
     def run(self) -> None:
         """Do what is missing and write the report. Raises :class:`UserError` if data are missing or inputs changed."""
-        missing = [path for path in self._inputs() if not path.exists()]
-        if missing:
-            raise UserError(
-                f"{missing[0]}: missing; make it with: python -m molora.prepare quickstart --out {self.data}"
-            )
+        train = [self.data / f"{domain}.train.jsonl" for _, domains in STAGES.values() for domain in domains]
+        for path in (self.data / "model", *train, *self.benches.values()):
+            if not path.exists():
+                raise UserError(f"{path}: missing; make it with: python -m molora.prepare quickstart --out {self.data}")
         started = time.perf_counter()
+        benches = {name: Bench(path, SETTINGS[name]) for name, path in self.benches.items()}
         model = self.data / "model"
-        results = {"base": self.evaluated("base", model)}
-        for stage in STAGES:
-            model = self.trained(stage, model)
-            results[stage] = self.evaluated(stage, model)
+        results = {"base": self.pipeline.evaluated("base", model, benches)}
+        for stage, (preset, domains) in STAGES.items():
+            data = [self.data / f"{domain}.train.jsonl" for domain in domains]
+            model = self.pipeline.trained(stage, PRESETS / preset, model, data)
+            results[stage] = self.pipeline.evaluated(stage, model, benches)
         names, counts = self.routed(model)
         self._report(results, names, counts, time.perf_counter() - started)
 
-    # --- the parts -----------------------------------------------------------------------------------------------
-
-    def trained(self, stage: str, model: Path) -> Path:
-        """Train ``stage`` from the folder ``model``, or finish it, or find it finished; returns its ``final``."""
-        preset, domains = STAGES[stage]
-        data, output = [self.data / f"{domain}.train.jsonl" for domain in domains], self.out / stage
-        inputs = {
-            "preset": file_sha256(PRESETS / preset),
-            "data": [file_sha256(path) for path in data],
-            "model": fingerprint(model),
-        }
-        note = self.out / f"{stage}.inputs.json"
-        if output.is_dir() and _read_json(note) != inputs:
-            raise UserError(
-                f"{output}: was trained from another model, preset or data than now; remove {self.out} to start again, "
-                "or give another --out"
-            )
-        title = f"{stage}: train on {domains[0]}"
-        if checkpoint.finished(output):
-            self.console.print(f"{title}: done already", highlight=False)
-        else:
-            write_text(note, json.dumps(inputs, indent=1) + "\n")
-            with self._part(title):
-                train.main(
-                    [
-                        *("--preset", str(PRESETS / preset), "--output-dir", str(output), "--resume"),
-                        *("--set", f"model_name={json.dumps(str(model))}"),
-                        *("--set", f"data.path={json.dumps([str(path) for path in data])}"),
-                    ]
-                )
-        # From the log and not from a clock, because an interrupted stage was trained in several goes.
-        self.seconds[title] = _training_seconds(output)
-        return output / checkpoint.FINAL
-
-    def evaluated(self, name: str, folder: Path) -> dict[str, BenchResult]:
-        """The model in ``folder`` on every bench."""
-        loaded = Loaded(folder)
-        found = {}
-        for bench in SETTINGS:
-            path = self.data / f"{bench}.bench.jsonl"
-
-            def measure(bench: str = bench, path: Path = path) -> dict[str, Any]:
-                rows = read_rows(path)
-                return evaluate(
-                    loaded.model, loaded.tokenizer, rows, **SETTINGS[bench], title=f"{name}, {bench}"
-                ).to_json()
-
-            key = {"model": fingerprint(folder), "bench": file_sha256(path)} | SETTINGS[bench]
-            found[bench] = BenchResult.from_json(self._measured(f"{name}: evaluate on {bench}", key, measure))
-        return found
+    @property
+    def benches(self) -> dict[str, Path]:
+        return {bench: self.data / f"{bench}.bench.jsonl" for bench in SETTINGS}
 
     def routed(self, folder: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
         """Router names of the model in ``folder``, and counts (routers, experts) for each bench."""
 
         def measure() -> dict[str, Any]:
-            loaded = Loaded(folder)
-            rows = {bench: read_rows(self.data / f"{bench}.bench.jsonl") for bench in SETTINGS}
+            opened = Opened(folder)
             counts = {
-                bench: routing_counts(loaded.model, loaded.tokenizer, _spread(rows[bench], ROUTING_ROWS)).tolist()
-                for bench in SETTINGS
+                bench: routing_counts(opened.model, opened.tokenizer, _spread(read_rows(path), ROUTING_ROWS)).tolist()
+                for bench, path in self.benches.items()
             }
-            return {"names": routing.names(loaded.model), "counts": counts}
+            return {"names": routing.names(opened.model), "counts": counts}
 
-        benches = {bench: file_sha256(self.data / f"{bench}.bench.jsonl") for bench in SETTINGS}
-        key = {"model": fingerprint(folder), "rows": ROUTING_ROWS} | benches
-        value = self._measured("stage2: routing", key, measure)
+        hashes = {bench: file_sha256(path) for bench, path in self.benches.items()}
+        key = {"model": fingerprint(folder), "rows": ROUTING_ROWS} | hashes
+        value = self.pipeline.measured("stage2: routing", key, measure)
         return value["names"], {bench: torch.tensor(counts) for bench, counts in value["counts"].items()}
 
     def _report(
@@ -157,123 +96,39 @@ class Quickstart:
         counts: dict[str, torch.Tensor],
         elapsed: float,
     ) -> None:
-        losses = [result["general"].loss() for result in results.values()]
-        matches = [result["maths"].exact_match() for result in results.values()]
-        verdict = judge(losses, matches)  # type: ignore[arg-type] # both are there: rows were measured
-        picture = self.out / "routing.png"
+        out, console, seconds = self.pipeline.out, self.pipeline.console, self.pipeline.seconds
+        verdict = judge_results(results, "general", "maths")
+        picture = out / "routing.png"
         title = "Share of answer tokens per expert after both stages (dotted: all experts equal)"
         report.draw_routing(names, counts, picture, title)
         tree = {
             "results": {
                 name: {bench: result.summary() for bench, result in of.items()} for name, of in results.items()
             },
-            "verdict": asdict(verdict),
+            "verdict": verdict.to_json(),
             "routing": {
                 "routers": names,
                 "share": {domain: report.shares(table).tolist() for domain, table in counts.items()},
             },
             "settings": SETTINGS | {"routing_rows": ROUTING_ROWS},
-            "seconds": self.seconds,
-            "provenance": provenance.collect(Config(data=Data(path=[str(path) for path in self._benches()]))),
+            "seconds": seconds,
+            "provenance": provenance.collect(Config(data=Data(path=[str(path) for path in self.benches.values()]))),
         }
-        write_text(self.out / "report.json", json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
-        self.console.print()
-        self.console.print(scores.columns(results, "held-out rows; loss per token; exact match with 95 % interval"))
-        self.console.print(verdict.sentence, highlight=False)
-        self.console.print(
-            f"{_clock(elapsed)} now, {_clock(sum(self.seconds.values()))} for all parts. "
-            f"Report: {self.out / 'report.json'}, picture: {picture}",
+        write_text(out / "report.json", json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+        console.print()
+        console.print(columns(results, "held-out rows; loss per token; exact match with 95 % interval"))
+        console.print(*verdict.sentences, f"({THRESHOLDS})", sep="\n", highlight=False)
+        console.print(
+            f"{clock(elapsed)} now, {clock(sum(seconds.values()))} for all parts. "
+            f"Report: {out / 'report.json'}, picture: {picture}",
             highlight=False,
             soft_wrap=True,
         )
-
-    # --- what makes a second run short ---------------------------------------------------------------------------
-
-    def _measured(self, title: str, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The value that a file holds if it was measured under the same ``key``, else a new one, kept in that file."""
-        key = key | {"measurement": MEASUREMENT}
-        path = self.out / "measured" / (title.replace(": ", "-").replace(" ", "-") + ".json")
-        kept = _read_json(path)
-        if kept is not None and kept.get("key") == key:
-            self.console.print(f"{title}: done already", highlight=False)
-        else:
-            with self._part(title):
-                value = measure()
-            kept = {"key": key, "seconds": self.seconds[title], "value": value}
-            write_text(path, json.dumps(kept, ensure_ascii=False) + "\n")
-        self.seconds[title] = kept["seconds"]
-        return kept["value"]
-
-    @contextmanager
-    def _part(self, title: str) -> Iterator[None]:
-        self.console.print(f"{title} …", highlight=False)
-        started = time.perf_counter()
-        yield
-        self.seconds[title] = time.perf_counter() - started
-        self.console.print(f"{title}: {_clock(self.seconds[title])}", highlight=False)
-
-    def _benches(self) -> list[Path]:
-        return [self.data / f"{bench}.bench.jsonl" for bench in SETTINGS]
-
-    def _inputs(self) -> list[Path]:
-        train = [self.data / f"{domain}.train.jsonl" for _, domains in STAGES.values() for domain in domains]
-        return [self.data / "model", *train, *self._benches()]
-
-
-class Loaded:
-    """A model and its tokenizer, loaded when first asked for: not at all where every measurement is there."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @cached_property
-    def _pair(self) -> tuple[PreTrainedModel, Any]:
-        model, tokenizer = load(self.folder)
-        return model, tokenizer
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self._pair[0]
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._pair[1]
-
-
-def fingerprint(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files in a model folder that decide what the model says.
-
-    An adapter's manifest fingerprints its base, so the adapter's own files are enough.
-    """
-    names = ("*.safetensors", "*.jinja", "config.json", "molora.json", "tokenizer*.json")
-    return {path.name: file_sha256(path) for pattern in names for path in sorted(folder.glob(pattern))}
 
 
 def _spread(rows: list[Any], count: int) -> list[Any]:
     """``count`` rows at even distances, so that every part of a sorted file is among them; all if there are fewer."""
     return [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else rows
-
-
-def _training_seconds(output: Path) -> float:
-    total, before = 0.0, 0
-    for entry in metrics.read(output / metrics.FILE):
-        if "seconds_per_step" in entry:
-            total += entry["seconds_per_step"] * (entry["step"] - before)
-            before = entry["step"]
-    return total
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file, or None if there is none that can be read."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return tree if isinstance(tree, dict) else None
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -285,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("data/quickstart"), help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="default: %(default)s")
     options = parser.parse_args(arguments)
-    Quickstart(options.data, options.out).run()
+    Quickstart(options.data, Pipeline(options.out)).run()
 
 
 if __name__ == "__main__":

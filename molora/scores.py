@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
@@ -40,6 +41,8 @@ class BenchResult:
     """Tokens read for the loss, those of the prompts too, per second of wall time; None if no row had a loss."""
     generated_tokens_per_second: float | None
     """Tokens written per second of wall time, which includes reading the prompts; None if nothing was generated."""
+    seconds: float = 0.0
+    """What measuring took, over all goes if there were several."""
 
     def groups(self) -> list[str]:
         """The groups in order of appearance, those of which another one has the same rows left out."""
@@ -78,6 +81,7 @@ class BenchResult:
             "groups": groups,
             "loss_tokens_per_second": self.loss_tokens_per_second,
             "generated_tokens_per_second": self.generated_tokens_per_second,
+            "seconds": self.seconds,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -88,7 +92,8 @@ class BenchResult:
     def from_json(tree: Mapping[str, Any]) -> BenchResult:
         """The inverse of :meth:`to_json`. Raises KeyError or TypeError for anything else."""
         rows = tuple(Score(**row | {"groups": tuple(row["groups"])}) for row in tree["rows"])
-        return BenchResult(rows, tree["loss_tokens_per_second"], tree["generated_tokens_per_second"])
+        numbers = (tree["loss_tokens_per_second"], tree["generated_tokens_per_second"], tree["seconds"])
+        return BenchResult(rows, *numbers)
 
     def _of(self, group: str) -> list[Score]:
         return [row for row in self.rows if group in row.groups]
@@ -110,30 +115,130 @@ Results = Mapping[str, Mapping[str, BenchResult]]
 """model -> bench -> result, every model on the same benches."""
 
 
+# --- differences -------------------------------------------------------------------------------------------------
+
+RESAMPLES = 10_000
+METHOD = (
+    f"paired bootstrap over the bench's rows, {RESAMPLES:,} resamples with a fixed seed, percentile interval of 95 %, "
+    "two-sided p, not corrected for the number of comparisons"
+)
+
+Runs = Sequence[BenchResult]
+"""What is compared: one result, or those of several seeds, whose rows are averaged before rows are drawn."""
+Measure = Literal["loss", "exact_match"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much one model's number is above another's on the same rows, and how sure that is (:data:`METHOD`).
+
+    The rows are what is drawn, so the interval is about other rows of the same kind; it knows nothing of how a model
+    trained with another seed would have done.
+    """
+
+    value: float
+    interval_95: tuple[float, float]
+    p: float
+    rows: int
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return not self.interval_95[0] <= 0 <= self.interval_95[1]
+
+
+def difference(
+    before: Runs, after: Runs, group: str = ALL, measure: Measure = "loss", *, relative: bool = False
+) -> Difference | None:
+    """``after`` minus ``before`` in loss per token or in exact match, over the rows of ``group`` that all measured.
+
+    With ``relative`` as a share of ``before``. None where there are no such rows. Raises ValueError for results that
+    are not of the same bench.
+    """
+    if len({len(result.rows) for result in (*before, *after)}) > 1:
+        raise ValueError("results of different benches cannot be compared")
+    columns = [_sums(runs, group, measure) for runs in (before, after)]
+    used = (columns[0][:, 1] > 0) & (columns[1][:, 1] > 0)
+    table = np.concatenate(columns, axis=1)[used]
+    if not len(table):
+        return None
+
+    def statistic(sums: np.ndarray) -> np.ndarray:
+        old, new = sums[..., 0] / sums[..., 1], sums[..., 2] / sums[..., 3]
+        if not relative:
+            return new - old
+        # A model that is at zero cannot get better or worse by a share of that.
+        return np.divide(new - old, old, out=np.zeros_like(old), where=old != 0)
+
+    drawn = np.concatenate([statistic(sums) for sums in _resample(table)])
+    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    p = min(1.0, 2 * float(beyond + 1) / (len(drawn) + 1))
+    return Difference(float(statistic(table.sum(axis=0))), (low, high), p, len(table))
+
+
+def differences(before: Runs, after: Runs) -> dict[str, dict[str, Any]]:
+    """Every difference that there is, as plain data: group -> measure -> value, interval, p and rows."""
+    found: dict[str, dict[str, Any]] = {}
+    for group in before[0].groups():
+        for measure in ("loss", "exact_match"):
+            if (change := difference(before, after, group, measure)) is not None:
+                found.setdefault(group, {})[measure] = asdict(change) | {"significant": change.significant}
+    return found
+
+
+def _sums(runs: Runs, group: str, measure: Measure) -> np.ndarray:
+    """(rows, 2): numerator and denominator of the measure, averaged over runs; 0 where a row is not of the group or
+    some run did not measure it."""
+
+    def of(row: Score) -> tuple[float, float]:
+        if group not in row.groups:
+            return 0.0, 0.0
+        if measure == "loss":
+            return row.loss, float(row.tokens)
+        return (0.0, 0.0) if row.correct is None else (float(row.correct), 1.0)
+
+    table = np.array([[of(row) for row in run.rows] for run in runs])
+    everywhere = (table[:, :, 1:] > 0).all(axis=0)
+    return table.mean(axis=0) * everywhere
+
+
+def _resample(table: np.ndarray, chunk: int = 500) -> Iterator[np.ndarray]:
+    """Column sums of ``table`` (n, c) over n rows drawn with replacement, :data:`RESAMPLES` times: (chunk, c) each."""
+    draw = np.random.default_rng(0)
+    for _ in range(0, RESAMPLES, chunk):
+        yield table[draw.integers(len(table), size=(chunk, len(table)))].sum(axis=1)
+
+
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
-def table(results: Sequence[tuple[str, str, BenchResult]]) -> Table:
-    """Results as (model, bench, result), as one table with a row per bench, group and model."""
-    made = Table(title="held-out loss and exact match (95 % interval)", title_justify="left")
+def comparison(results: Results, baseline: str, title: str) -> Table:
+    """A row per bench, group and model, with each model's difference from ``baseline``; a star marks significance."""
+    made = Table(title=title, title_justify="left", caption=f"Δ: {METHOD}; * the interval leaves 0 out")
+    made.caption_justify = "left"
     made.add_column("group", no_wrap=True)
     made.add_column("model", overflow="fold")
-    for heading in ("loss", "perplexity", "exact match", "read tok/s", "written tok/s"):
+    for heading in ("loss", "perplexity", "Δ loss (95 %)", "pass@1 (95 %)", "Δ points (95 %)"):
         made.add_column(heading, justify="right")
-    for bench in dict.fromkeys(bench for _, bench, _ in results):
-        here = [(model, result) for model, name, result in results if name == bench]
+    for bench, base in results[baseline].items():
         made.add_row(f"[bold]{escape(Path(bench).name)}")
-        for group in here[0][1].groups():
-            for n, (model, result) in enumerate(here):
+        for group in base.groups():
+            for n, (model, benches) in enumerate(results.items()):
+                result = benches[bench]
+                losses, matches = (
+                    None if model == baseline else difference([base], [result], group, measure)
+                    for measure in ("loss", "exact_match")
+                )
                 made.add_row(
                     escape(group) if n == 0 else "",
                     escape(model),
                     loss_cell(result.loss(group)),
                     "" if (loss := result.loss(group)) is None else f"{perplexity(loss):.4g}",
+                    difference_cell(losses),
                     match_cell(result.exact_match(group)),
-                    speed_cell(result.loss_tokens_per_second),
-                    speed_cell(result.generated_tokens_per_second),
-                    end_section=n == len(here) - 1,
+                    difference_cell(matches, points=True),
+                    end_section=n == len(results) - 1,
                 )
     return made
 
@@ -175,3 +280,12 @@ def match_cell(match: tuple[int, int] | None) -> str:
 
 def speed_cell(tokens_per_second: float | None) -> str:
     return "" if tokens_per_second is None else f"{tokens_per_second:,.0f}"
+
+
+def difference_cell(found: Difference | None, *, points: bool = False) -> str:
+    """A difference with its interval and a star where it is significant; ``points``: of shares, in per cent."""
+    if found is None:
+        return ""
+    scale, form = (100, "+.1f") if points else (1, "+.4f")
+    low, high = (format(scale * end, form) for end in found.interval_95)
+    return f"{scale * found.value:{form}} ({low} to {high}){'*' if found.significant else ''}"

@@ -73,11 +73,12 @@ def test_the_pipeline_script_prepares_trains_and_benches_both_stages(tmp_path: P
     script = ROOT / "configs/run_llama32_pipeline_reasoning.sh"
     subprocess.run([str(script)], cwd=ROOT, env=os.environ | variables, check=True)
     calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    assert [call[1] for call in calls] == ["molora.prepare"] * 2 + ["molora.train", "molora.evaluate"] * 2
+    stages = ["molora.train", "molora.evaluate"] * 2
+    assert [call[1] for call in calls] == [*["molora.prepare"] * 2, *stages, "molora.verdict"]
     for call, name in zip(calls[:2], sets, strict=True):
         options = prepare.parse(call[2:])
         assert [str(options.out), str(options.bench)] == [data[f"{name}_{split}"] for split in SPLITS]
-    trained, benched = calls[2::2], calls[3::2]
+    trained, benched, judged = calls[2:6:2], calls[3:6:2], calls[6]
     stages = []
     for call in trained:
         options = train.parse(call[2:])
@@ -90,3 +91,6 @@ def test_the_pipeline_script_prepares_trains_and_benches_both_stages(tmp_path: P
     ):
         assert [value for flag, value in pairwise(call) if flag == "--model"] == models
         assert len([flag for flag in call if flag == "--bench"]) == 2
+    assert judged[2:4] == [call[call.index("--output") + 1] for call in benched]
+    named = [judged[judged.index(flag) + 1] for flag in ("--general", "--maths")]
+    assert named == [value for flag, value in pairwise(benched[0]) if flag == "--bench"]

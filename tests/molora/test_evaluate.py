@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from conftest import write_jsonl
 from molora import chat, data, evaluate, generate, inject, save_adapter
 from molora.adapter import load
 from molora.errors import UserError
@@ -131,12 +133,25 @@ def test_command_line(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.Captu
     adapter = save_adapter(model, tmp_path / "final")
     bench, output = tmp_path / "bench.jsonl", tmp_path / "deep" / "result.json"
     bench.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    options = ["--bench", str(bench), "--max-new-tokens", "4", "--limit", "4", "--device", "cpu"]
+    options = [
+        "--bench",
+        str(bench),
+        "--max-new-tokens",
+        "4",
+        "--limit",
+        "4",
+        "--device",
+        "cpu",
+        "--kept",
+        str(tmp_path / "kept"),
+    ]
 
     evaluate.main(["--model", "base", "--model", str(adapter), *options, "--output", str(output)])
 
     written = json.loads(output.read_text(encoding="utf-8"))
     base, adapted = written["results"]
+    assert written["baseline"] == "base" and "difference" not in base
+    assert adapted["difference"]["maths"]["exact_match"]["value"] == 0
     assert (base["model"], adapted["model"]) == ("base", str(adapter))
     assert len(base["rows"]) == 4
     # The adapter starts as the base model.
@@ -152,9 +167,61 @@ def test_command_line(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.Captu
         (["--model", "base"], "the base of what"),
         (["--model", "x", "--batch-size", "0"], "--batch-size 0"),
         (["--model", "x", "--limit", "-1"], "--limit -1"),
+        (["--model", "x", "--baseline", "y"], "--baseline y: is none of the models"),
+        ([], "--model is missing"),
         (["--model", "./nowhere"], "nowhere"),
     ],
 )
 def test_command_line_refuses(arguments: list[str], message: str, rows_file: Path) -> None:
     with pytest.raises(UserError, match=message):
         evaluate.main([*arguments, "--bench", str(rows_file)])
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = write_jsonl(tmp_path / "bench.jsonl", ROWS)
+    opened = evaluate.Opened(tiny_model_dir, "cpu")
+    settings = {"batch_size": 2, "max_new_tokens": 3}
+    whole = evaluate.evaluate_kept(opened, bench, tmp_path / "whole", **settings)
+    batches: list[int] = []
+    losses, generate_tokens = evaluate.answer_losses, evaluate.generate_tokens
+
+    def counted(model, batch):
+        batches.append(len(batch.domains))
+        return losses(model, batch)
+
+    def killed(model, tokenizer, prompts, *rest):
+        if len(prompts) == 1:
+            raise KeyboardInterrupt
+        batches.append(-len(prompts))
+        return generate_tokens(model, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr(evaluate, "answer_losses", counted)
+    monkeypatch.setattr(evaluate, "generate_tokens", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate_kept(opened, bench, tmp_path / "kept", **settings)
+    assert batches == [2, 2, 1, -2]
+    monkeypatch.setattr(evaluate, "generate_tokens", generate_tokens)
+    found = evaluate.evaluate_kept(opened, bench, tmp_path / "kept", **settings)
+    assert batches == [2, 2, 1, -2]  # no loss again
+    assert found.rows == whole.rows
+    never = evaluate.Opened(tiny_model_dir, "cpu")
+    monkeypatch.setattr(evaluate, "load", None)  # all is there: the model is not even loaded
+    assert evaluate.evaluate_kept(never, bench, tmp_path / "kept", **settings) == found
+    first = evaluate.evaluate_kept(never, bench, tmp_path / "kept", limit=2, **settings)
+    assert first.rows == whole.rows[:2]
+
+
+@pytest.mark.parametrize("changed", ["model", "bench", "settings"])
+def test_what_was_kept_of_something_else_is_not_used(changed: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder, bench = shutil.copytree(tiny_model_dir, tmp_path / "model"), write_jsonl(tmp_path / "bench.jsonl", ROWS[:2])
+    evaluate.evaluate_kept(evaluate.Opened(folder, "cpu"), bench, tmp_path / "kept", batch_size=2)
+    if changed == "model":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"@")
+    if changed == "bench":
+        write_jsonl(bench, [ROWS[1], ROWS[0]])
+    batch_size = 1 if changed == "settings" else 2
+    evaluate.evaluate_kept(evaluate.Opened(folder, "cpu"), bench, tmp_path / "kept", batch_size=batch_size)
+    assert len(list((tmp_path / "kept").iterdir())) == 2

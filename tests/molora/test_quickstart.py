@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conftest import make_rows, write_jsonl
-from molora import checkpoint, quickstart, train
+from molora import checkpoint, evaluate, quickstart, train
 from molora.config import load
 from molora.errors import UserError
 
@@ -58,9 +58,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     calls = Counter[str]()
     for owner, name in (
         (train, "main"),
-        (quickstart, "evaluate"),
+        (evaluate, "evaluate"),
         (quickstart, "routing_counts"),
-        (quickstart, "load"),
+        (evaluate, "load"),
     ):
         original = getattr(owner, name)
 

@@ -1,7 +1,10 @@
-"""Groups, round trips and tables of what models scored."""
+"""Groups, round trips, differences and tables of what models scored."""
 
 import json
+import math
 
+import numpy as np
+import pytest
 from rich.console import Console
 
 from molora import scores
@@ -62,5 +65,90 @@ def test_groups() -> None:
 
 
 def test_json_round_trip() -> None:
-    result = BenchResult((Score(("all", "maths"), 1.5, 3, "5", True), Score(("all",))), 12.0, None)
+    result = BenchResult((Score(("all", "maths"), 1.5, 3, "5", True), Score(("all",))), 12.0, None, 2.5)
     assert BenchResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+def scored(losses: np.ndarray, tokens: np.ndarray, correct: np.ndarray | None = None) -> BenchResult:
+    right = [None] * len(losses) if correct is None else [bool(value) for value in correct]
+    rows = [Score(("all",), float(a), int(n), "", c) for a, n, c in zip(losses, tokens, right, strict=True)]
+    return BenchResult(tuple(rows), None, None)
+
+
+def test_difference_is_the_bootstrap_of_scipys_definition() -> None:
+    """Against scipy.stats.bootstrap's percentile interval; both draw at random, so they agree as far as draws do."""
+    stats = pytest.importorskip("scipy.stats")
+    draw = np.random.default_rng(3)
+    tokens = draw.integers(5, 50, size=120)
+    old = tokens * draw.normal(2.0, 0.4, size=120)
+    new = old - tokens * draw.normal(0.05, 0.2, size=120)
+    found = scores.difference([scored(old, tokens)], [scored(new, tokens)])
+    assert found is not None
+    assert found.value == pytest.approx((new.sum() - old.sum()) / tokens.sum())
+
+    def statistic(a, b, n, axis):
+        return (b.sum(axis) - a.sum(axis)) / n.sum(axis)
+
+    expected = stats.bootstrap(
+        (old, new, tokens), statistic, paired=True, method="percentile", n_resamples=10_000, rng=5, vectorized=True
+    ).confidence_interval
+    width = expected.high - expected.low
+    assert found.interval_95 == pytest.approx((expected.low, expected.high), abs=0.05 * width)
+    assert scores.difference([scored(old, tokens)], [scored(new, tokens)]) == found
+
+
+def test_p_of_exact_match_is_the_chance_of_a_resample_on_the_other_side() -> None:
+    """12 rows of 100 got better and 3 worse. How often a resample has no more better rows than worse ones is a sum over
+    the multinomial distribution, which 10,000 resamples meet within their standard error (here four of them)."""
+    old, new, ones = np.zeros(100), np.zeros(100), np.ones(100)
+    new[:12] = 1
+    old[12:15] = 1
+    found = scores.difference([scored(ones, ones, old)], [scored(ones, ones, new)], measure="exact_match")
+    assert found is not None and found.significant
+    assert found.value == pytest.approx(0.09)
+    other_side = sum(
+        math.comb(100, worse)
+        * math.comb(100 - worse, better)
+        * 0.12**better
+        * 0.03**worse
+        * 0.85 ** (100 - worse - better)
+        for worse in range(40)
+        for better in range(worse + 1)
+    )
+    error = math.sqrt(other_side / scores.RESAMPLES)
+    assert found.p == pytest.approx(2 * other_side, abs=2 * 4 * error)
+    same = scores.difference([scored(ones, ones, old)], [scored(ones, ones, old)], measure="exact_match")
+    assert same is not None and (same.value, same.interval_95, same.p, same.significant) == (0, (0, 0), 1, False)
+
+
+def test_pairing_is_what_makes_a_small_change_on_unlike_rows_visible() -> None:
+    tokens = np.full(50, 10)
+    old = np.linspace(1, 100, 50)
+    found = scores.difference([scored(old, tokens)], [scored(old + 0.1, tokens)])
+    assert found is not None and found.significant and found.value == pytest.approx(0.01)
+    shuffled = scores.difference([scored(old, tokens)], [scored(old[::-1] + 0.1, tokens)])
+    assert shuffled is not None and not shuffled.significant
+
+
+def test_differences_of_several_seeds_and_of_rows_not_measured() -> None:
+    tokens = np.array([10, 10, 0])
+    base = scored(np.array([20.0, 30.0, 0.0]), tokens)
+    seeds = [scored(np.array([10.0, 30.0, 0.0]), tokens), scored(np.array([20.0, 20.0, 5.0]), np.array([10, 10, 5]))]
+    found = scores.difference([base], seeds)
+    assert found is not None
+    assert (found.value, found.rows) == (pytest.approx(-0.5), 2)  # (15 + 25) / 20 - 50 / 20
+    relative = scores.difference([base], seeds, relative=True)
+    assert relative is not None and relative.value == pytest.approx(-0.2)
+    assert scores.difference([base], seeds, measure="exact_match") is None
+    assert scores.differences([base], seeds)["all"]["loss"]["rows"] == 2
+    with pytest.raises(ValueError, match="different benches"):
+        scores.difference([base], [result("general", 1.0)])
+
+
+def test_comparison_shows_differences_from_the_baseline_alone() -> None:
+    results = {name: {"b.jsonl": result("maths", loss, correct)} for name, loss, correct in (("a", 2, 0), ("b", 1, 2))}
+    console = Console(width=140, record=True)
+    console.print(scores.comparison(results, "a", "title"))
+    shown = console.export_text()
+    assert "-1.0000 (-1.0000 to -1.0000)*" in shown and "+1.0000" not in shown
+    assert "+100.0 (+100.0 to +100.0)*" in shown
