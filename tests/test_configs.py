@@ -73,8 +73,8 @@ def test_the_pipeline_script_prepares_trains_and_benches_both_stages(tmp_path: P
     script = ROOT / "configs/run_llama32_pipeline_reasoning.sh"
     subprocess.run([str(script)], cwd=ROOT, env=os.environ | variables, check=True)
     calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    stages = ["molora.train", "molora.evaluate"] * 2
-    assert [call[1] for call in calls] == [*["molora.prepare"] * 2, *stages, "molora.verdict"]
+    each = ["molora.train", "molora.evaluate"]
+    assert [call[1] for call in calls] == [*["molora.prepare"] * 2, *each * 2, "molora.verdict"]
     for call, name in zip(calls[:2], sets, strict=True):
         options = prepare.parse(call[2:])
         assert [str(options.out), str(options.bench)] == [data[f"{name}_{split}"] for split in SPLITS]
