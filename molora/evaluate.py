@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from molora import chat, cli, provenance, routing
 from molora.adapter import describe_base, is_adapter, load, pick_device, pick_dtype, read_manifest
 from molora.answers import check_gold, is_correct
-from molora.config import Config
+from molora.config import Config, LoadPrecision
 from molora.config import Data as DataConfig
 from molora.data import Batch, Collate, Example, Row, read_rows
 from molora.errors import UserError
@@ -95,7 +95,7 @@ def evaluate_kept(
     device = pick_device(opened.device)
     key = {
         "model": fingerprint(opened.name),
-        "arithmetic": [device.type, str(pick_dtype("auto", device))],
+        "arithmetic": [device.type, str(pick_dtype(LoadPrecision(), device))],
         "bench": file_sha256(bench),
         "settings": settings,
         "measurement": MEASUREMENT,
