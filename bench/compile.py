@@ -164,7 +164,7 @@ def specialise(case: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[in
     import torch
 
     types = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.bool: "i1"}
-    types |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.int16: "i16"}
+    types |= {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[Any]] = {}

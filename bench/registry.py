@@ -14,6 +14,8 @@ KERNEL_MODULES = (
     "molora_kernels.grouped_lora.forward",
     "molora_kernels.grouped_lora.gating",
     "molora_kernels.grouped_lora.backward",
+    "molora_kernels.grouped_lora.sets",
+    "molora_kernels.grouped_lora.grouped",
     "molora_kernels.mlp_block.forward",
     "molora_kernels.mlp_block.backward",
 )

@@ -29,13 +29,11 @@ def grouped_lora_fwd(
 ) -> tuple[list[Tensor], Tensor]:
     """(one output per projection, the ungated shrink)"""
     args = (x, weights, biases, lora_a, lora_b, gates, dropout_seed, scaling, dropout_p, stream)
-    if form == "grouped":
-        return portable_grouped.forward(*args, top_k)
     if backend_for(x.device) == "triton":
-        from molora_kernels.grouped_lora import forward
+        from molora_kernels.grouped_lora import forward, grouped
 
-        return forward.forward(*args)
-    return portable.forward(*args)
+        return forward.forward(*args) if form == "dense" else grouped.forward(*args, top_k)
+    return portable.forward(*args) if form == "dense" else portable_grouped.forward(*args, top_k)
 
 
 @grouped_lora_fwd.register_fake
@@ -85,13 +83,15 @@ def grouped_lora_bwd(
     args = (x, weights, lora_a, lora_b, gates, s, dropout_seed, scaling, dropout_p, stream)
     needs = (need_dx, need_dlora, need_dgates)
     with autocast.off(x):  # backward may be called under autocast, though it should not be
-        if form == "grouped":
-            return portable_grouped.backward(dys, *args, *needs, top_k)
         if backend_for(x.device) == "triton":
-            from molora_kernels.grouped_lora import backward
+            from molora_kernels.grouped_lora import backward, grouped
 
-            return backward.backward(dys, *args, *needs)
-        return portable.backward(dys, *args, *needs)
+            if form == "dense":
+                return backward.backward(dys, *args, *needs)
+            return grouped.backward(dys, *args, *needs, top_k)
+        if form == "dense":
+            return portable.backward(dys, *args, *needs)
+        return portable_grouped.backward(dys, *args, *needs, top_k)
 
 
 @grouped_lora_bwd.register_fake

@@ -87,6 +87,43 @@ def weight_splits(T: int, P: int, K: int, tiles: Tiles) -> int:
     return max(1, min(SPLIT_PROGRAMS // max(programs, 1), T // (4 * tiles.block_t)))
 
 
+def set_rows(dtype: torch.dtype) -> int:
+    """Tokens of a tile of the grouped form, the same for all its kernels: each tile has one list of experts."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def block_r(r: int) -> int:
+    """Columns of one expert that the grouped form takes at a time."""
+    return min(max(next_power_of_2(r), MIN_DOT), 128)
+
+
+def slots_of(r: int, k: int) -> int:
+    """Experts of a tile's list that the grouped form computes side by side: those of one set, to 128 columns."""
+    return min(next_power_of_2(k), 128 // block_r(r))
+
+
+def set_shrink_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability) -> Tiles:
+    """``block_t`` sorted rows, ``block_k`` of the features at a time, ``block_n`` columns of the experts."""
+    columns = slots_of(r, k) * block_r(r)
+    warps = 8 if columns > 64 else 4
+    if dtype == torch.float32:
+        return Tiles(set_rows(dtype), block_k=32, block_n=columns, num_warps=warps, num_stages=2)
+    return _staged(set_rows(dtype), 64 if _reads_shared_memory(capability) else 32, columns, 0, warps, capability)
+
+
+def set_expand_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability) -> Tiles:
+    """``block_t`` sorted rows, ``block_n`` columns of the output, ``block_k`` columns of the experts at a time."""
+    columns = slots_of(r, k) * block_r(r)
+    if dtype == torch.float32:
+        return Tiles(set_rows(dtype), block_k=columns, block_n=64, num_warps=4, num_stages=2)
+    return Tiles(set_rows(dtype), block_k=columns, block_n=128, num_warps=4, num_stages=2)
+
+
+def expert_weight_tiles(r: int, dtype: torch.dtype, capability: Capability) -> Tiles:
+    """``block_t`` tokens of an expert at a time, ``block_k`` features, ``block_n`` columns of the expert."""
+    return weight_tiles(block_r(r), 0, dtype, capability)
+
+
 def _block_p(P: int, dtype: torch.dtype) -> int:
     return min(max(next_power_of_2(P), MIN_DOT), 64 if dtype == torch.float32 else MAX_P)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,10 +20,12 @@ from torch import Tensor
 from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.tiles import Capability, launching_on
 from molora_kernels.grouped_lora import backward as grouped_lora
-from molora_kernels.grouped_lora import gating
+from molora_kernels.grouped_lora import gating, grouped
 from molora_kernels.grouped_lora.forward import rows_contiguous
+from molora_kernels.grouped_lora.sets import Sets
 from molora_kernels.mlp_block import portable
 from molora_kernels.mlp_block.forward import BLOCK, TILES
+from molora_kernels.router.backward import dlogits_of
 from molora_kernels.router.forward import flags, fp32
 
 
@@ -61,12 +64,13 @@ def backward(
     need_dx: bool,
     need_dlora: bool,
     need_drouter: bool,
+    form: str = "dense",
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """dx, da, db (3 each), drouter_weights and drouter_biases (one per router); what is not needed is empty."""
     if x_TK.dtype == torch.float64:  # as in forward
         return portable.backward(
             dy_TK, dsums, x_TK, weights, lora_a, lora_b, router_weights, saved, mask_T, dropout_seed,
-            top_k, scaling, dropout_p, need_dx, need_dlora, need_drouter,
+            top_k, scaling, dropout_p, need_dx, need_dlora, need_drouter, form,
         )  # fmt: skip
     h_gate, h_up, s_in, s_down, *routed = saved
     gates_in, logits_in, gates_down, logits_down = (t if t.ndim == 3 else None for t in routed)
@@ -77,59 +81,113 @@ def backward(
     x_TK, dy_TK, mask = rows_contiguous(x_TK), rows_contiguous(dy_TK), flags(mask_T)
     dsums = fp32(dsums)
 
+    def given(t: Tensor, needed: bool = True) -> Tensor | None:
+        """As (T, columns), or None for the empty tensor that says "not needed"."""
+        return t.flatten(1) if needed and t.ndim > 1 else None
+
+    def adapter(part: slice, stream: int, gates: Tensor | None) -> _Adapter:
+        sets = [] if form == "dense" or gates is None else grouped.sets_of_all(gates, top_k, x_TK.dtype)
+        routers = torch.cat(router_weights[part]).float() if router_weights[part] else None
+        return _Adapter(lora_a[part], lora_b[part], routers, gates, sets, scaling, (dropout_seed, dropout_p, stream))
+
     def router_grads(logits: Tensor | None, more: Tensor | None, part: slice) -> gating.RouterGrads | None:
         if logits is None:
             return None
         return gating.RouterGrads(logits, more, None if dsums is None else dsums[part], mask, top_k)
 
-    def stacked_a(part: slice) -> Tensor:
-        return torch.cat(lora_a[part]).to(x_TK.dtype)
-
-    def stacked_router(part: slice) -> Tensor | None:
-        return torch.cat(router_weights[part]).float() if router_weights[part] and need_dlogits else None
-
-    def given(t: Tensor, needed: bool = True) -> Tensor | None:
-        """As (T, columns), or None for the empty tensor that says "not needed"."""
-        return t.flatten(1) if needed and t.ndim > 1 else None
-
     # down, whose input gradient everything below needs
-    down, drop = slice(2, 3), (dropout_seed, dropout_p, 1)
-    gates = gates_down if own_router else gates_in
-    ds, gated, dlogits_down = gating.gate_backward(
-        grouped_lora.unexpand([dy_TK], lora_b[down], s_down), s_down, gates, 1, scaling,
-        need_ds=True, need_gated=need_dlora, need_dgates=need_dlogits, router=router_grads(logits_down, None, down),
+    part = slice(2, 3)
+    down = adapter(part, 1, gates_down if own_router else gates_in)
+    ds, gated, dlogits_down = down.through_gates(
+        [dy_TK], s_down, router_grads(logits_down, None, part),
+        need_ds=True, need_gated=need_dlora, need_dgates=need_dlogits,
     )  # fmt: skip
     own_dlogits = given(dlogits_down, own_router)
-    dh = grouped_lora.input_grad(ds, stacked_a(down), own_dlogits, stacked_router(down), *drop)
+    dh = down.input_grad(ds, own_dlogits)
     dh.addmm_(dy_TK, weights[2])
     h, dh_gate, dh_up = swiglu_backward(h_gate, h_up, dh, need_h=need_dlora or (need_drouter and own_router))
-    db_down = grouped_lora.expand_grads([dy_TK], gated, lora_b[down]) if need_dlora else []
-    da_down, drouter_down = grouped_lora.weight_grads(
-        h, given(ds, need_dlora), given(dlogits_down, own_router and need_drouter), *drop
+    da_down, db_down, drouter_down = down.weight_grads(
+        h, [dy_TK], given(ds, need_dlora), gated, own_dlogits if need_drouter else None
     )
 
     # gate and up
-    gate_up, drop = slice(0, 2), (dropout_seed, dropout_p, 0)
-    ds, gated, dlogits_in = gating.gate_backward(
-        grouped_lora.unexpand([dh_gate, dh_up], lora_b[gate_up], s_in), s_in, gates_in, 2, scaling,
+    part = slice(0, 2)
+    gate_up = adapter(part, 0, gates_in)
+    more = None if own_router or not need_dlogits else dlogits_down  # a shared router's gates: down's share
+    ds, gated, dlogits_in = gate_up.through_gates(
+        [dh_gate, dh_up], s_in, router_grads(logits_in, more, part),
         need_ds=need_dx or need_dlora, need_gated=need_dlora, need_dgates=need_dlogits,
-        router=router_grads(logits_in, None if own_router or not need_dlogits else dlogits_down, gate_up),
     )  # fmt: skip
-    db_in = grouped_lora.expand_grads([dh_gate, dh_up], gated, lora_b[gate_up]) if need_dlora else []
-    da_in, drouter_in = grouped_lora.weight_grads(x_TK, given(ds, need_dlora), given(dlogits_in, need_drouter), *drop)
+    da_in, db_in, drouter_in = gate_up.weight_grads(
+        x_TK, [dh_gate, dh_up], given(ds, need_dlora), gated, given(dlogits_in, need_drouter)
+    )
     dx = x_TK.new_empty(0)
     if need_dx:
-        dx = grouped_lora.input_grad(ds, stacked_a(gate_up), given(dlogits_in), stacked_router(gate_up), *drop)
+        dx = gate_up.input_grad(ds, given(dlogits_in))
         dx.addmm_(dh_gate, weights[0]).addmm_(dh_up, weights[1])
 
-    da: list[Tensor] = []
-    if need_dlora:
-        da = [part.to(a.dtype, copy=True) for part, a in zip((*da_in.chunk(2), da_down), lora_a, strict=True)]
+    da, db = [*da_in, *da_down], [*db_in, *db_down]
     if not need_drouter:
-        return dx, da, [*db_in, *db_down], [], []
+        return dx, da, db, [], []
     dlogits = [*dlogits_in.unbind(1), *(dlogits_down.unbind(1) if own_router else ())]
     drouters = [*(d.clone() for d in drouter_in.chunk(min(routers, 2))), *((drouter_down,) if own_router else ())]
-    return dx, da, [*db_in, *db_down], drouters, [d.sum(0) for d in dlogits]
+    return dx, da, db, drouters, [d.sum(0) for d in dlogits]
+
+
+class _Adapter(NamedTuple):
+    """Experts and routers of the projections that read one input, in the form that forward ran."""
+
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+    routers: Tensor | None
+    """(H * E, K) fp32, where they have their own"""
+    gates: Tensor | None
+    sets: list[Sets]
+    """Of the grouped form; none in the dense one."""
+    scaling: float
+    drop: tuple[Tensor | None, float, int]
+
+    def through_gates(
+        self, dys: list[Tensor], s: Tensor, router: gating.RouterGrads | None, **need: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ds, the gated shrink, and dlogits, or dgates where the router is another's; see ``gating.gate_backward``."""
+        settings = (len(dys), self.scaling)
+        if not self.sets or self.gates is None:
+            dgated = grouped_lora.unexpand(dys, self.lora_b, s)
+            return gating.gate_backward(dgated, s, self.gates, *settings, router=router, **need)
+        dgated = grouped.unexpand(dys, self.lora_b, self.sets)
+        ds, gated, dgates = grouped.gate_backward(dgated, s, self.gates, self.sets, *settings, **need)
+        if router and need["need_dgates"]:
+            dgates = dgates if router.more_dgates is None else dgates + router.more_dgates
+            dgates = dlogits_of(dgates, router.dsums, router.logits, self.gates, router.mask, router.top_k)
+        return ds, gated, dgates
+
+    def input_grad(self, ds: Tensor, dlogits: Tensor | None) -> Tensor:
+        """What experts and routers contribute to the input's gradient."""
+        routers = None if dlogits is None else self.routers
+        if not self.sets:
+            a = torch.cat(self.lora_a).to(ds.dtype)
+            return grouped_lora.input_grad(ds, a, dlogits, routers, *self.drop)
+        dx = None
+        if routers is not None:  # a product with no experts: the routers' alone
+            a = self.lora_a[0].new_empty(0, routers.shape[1])
+            dx = grouped_lora.input_grad(ds[:, :0], a, dlogits, routers, None, 0.0, 0)
+        return grouped.input_grad(ds, self.lora_a, self.sets, dx, *self.drop)
+
+    def weight_grads(
+        self, x: Tensor, dys: list[Tensor], ds: Tensor | None, gated: Tensor, dlogits: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """da and db per projection, in their own dtypes, if ds is given; the routers' (H * E, K) fp32 if dlogits."""
+        if ds is None:
+            return [], [], grouped_lora.weight_grads(x, None, dlogits)[1]
+        if not self.sets:
+            da, drouter = grouped_lora.weight_grads(x, ds, dlogits, *self.drop)
+            parts = da.chunk(len(self.lora_a))
+            das = [part.to(a.dtype, copy=True) for part, a in zip(parts, self.lora_a, strict=True)]
+            return das, grouped_lora.expand_grads(dys, gated, self.lora_b), drouter
+        das = grouped.shrink_grads(x, ds, self.lora_a, self.sets, *self.drop)
+        dbs = grouped.expand_grads(dys, gated, self.lora_b, self.sets)
+        return das, dbs, grouped_lora.weight_grads(x, None, dlogits)[1]
 
 
 def swiglu_backward(h_gate: Tensor, h_up: Tensor, dh: Tensor, *, need_h: bool) -> tuple[Tensor, Tensor, Tensor]:

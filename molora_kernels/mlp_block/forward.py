@@ -18,7 +18,7 @@ from torch import Tensor
 from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.tiles import Capability, Tiles, launching_on
 from molora_kernels.grouped_lora import forward as grouped_lora
-from molora_kernels.grouped_lora import gating, tiles
+from molora_kernels.grouped_lora import gating, grouped, tiles
 from molora_kernels.mlp_block import portable
 from molora_kernels.router import forward as router
 
@@ -51,42 +51,45 @@ def forward(
     top_k: int,
     scaling: float,
     dropout_p: float,
+    form: str = "dense",
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """y, sums, counts, and what backward needs: [h_gate, h_up, s_in, s_down, gates_in, logits_in, gates_down,
     logits_down], of which the gates and logits are empty where there is no such router."""
     if x_TK.dtype == torch.float64:  # tensor cores stop at fp32; fp64 is for checking gradients
         return portable.forward(
             x_TK, weights, biases, lora_a, lora_b, router_weights, router_biases, selection_biases, mask_T,
-            dropout_seed, top_k, scaling, dropout_p,
+            dropout_seed, top_k, scaling, dropout_p, form,
         )  # fmt: skip
 
-    def route_and_shrink(x: Tensor, part: slice, stream: int) -> tuple[Tensor, grouped_lora.Routed | None]:
-        a = torch.cat(lora_a[part]).to(x.dtype)
-        drop = (dropout_seed, dropout_p, stream)
-        if not router_weights[part]:
-            return grouped_lora.shrink(x, a, *drop), None
+    def routers_of(part: slice) -> grouped_lora.Routers:
         weight = torch.stack(router_weights[part]).float()
         bias, selection = (torch.stack(b[part]).float() if b else None for b in (router_biases, selection_biases))
-        heads, experts = tiles.padded_experts(*weight.shape[:2])
-        if tiles.rides_along(a.shape[0], heads * experts, x.dtype):
-            return grouped_lora.route_and_shrink(
-                x, a, grouped_lora.Routers(weight, bias, selection, router.flags(mask_T), top_k), *drop
-            )
-        routed = grouped_lora.Routed(*router.forward(x, weight, bias, selection, mask_T, top_k))
-        return grouped_lora.shrink(x, a, *drop), routed
+        return grouped_lora.Routers(weight, bias, selection, router.flags(mask_T), top_k)
 
-    def expand(x: Tensor, part: slice, s: Tensor, gates: Tensor | None) -> list[Tensor]:
-        gated = gating.gate(s, gates, len(weights[part]), scaling)
-        return grouped_lora.expand(x, weights[part], biases[part], lora_b[part], gated)
+    def project(
+        x: Tensor, part: slice, stream: int, shared: grouped_lora.Routed | None
+    ) -> tuple[list[Tensor], Tensor, grouped_lora.Routed | None]:
+        """Outputs, shrink, and what the part's own routers say; where it has none, the shared one's gates apply."""
+        frozen, drop = (x, weights[part], biases[part]), (dropout_seed, dropout_p, stream)
+        routers, own, s = routers_of(part) if router_weights[part] else None, None, None
+        a = torch.cat(lora_a[part]).to(x.dtype)
+        if routers:
+            heads, experts = tiles.padded_experts(*routers.weight.shape[:2])
+            if form == "dense" and tiles.rides_along(a.shape[0], heads * experts, x.dtype):
+                s, own = grouped_lora.route_and_shrink(x, a, routers, *drop)
+            else:
+                own = grouped_lora.Routed(*router.forward(x, *routers))
+        routed = own or shared
+        gates = routed and routed.gates
+        if form == "grouped":
+            lists = (*frozen, lora_a[part], lora_b[part])
+            return *grouped.forward(*lists, gates, dropout_seed, scaling, dropout_p, stream, top_k), own
+        s = grouped_lora.shrink(x, a, *drop) if s is None else s
+        return grouped_lora.expand(*frozen, lora_b[part], gating.gate(s, gates, len(frozen[1]), scaling)), s, own
 
-    gate_up, down = slice(0, 2), slice(2, 3)
     x_TK = grouped_lora.rows_contiguous(x_TK)
-    s_in, routed_in = route_and_shrink(x_TK, gate_up, 0)
-    h_gate, h_up = expand(x_TK, gate_up, s_in, routed_in and routed_in.gates)
-    h = swiglu(h_gate, h_up)
-    s_down, routed_down = route_and_shrink(h, down, 1)
-    gating_down = routed_down or routed_in
-    (y,) = expand(h, down, s_down, gating_down and gating_down.gates)
+    (h_gate, h_up), s_in, routed_in = project(x_TK, slice(0, 2), 0, None)
+    (y,), s_down, routed_down = project(swiglu(h_gate, h_up), slice(2, 3), 1, routed_in)
 
     all_routed = [routed for routed in (routed_in, routed_down) if routed]
     sums, counts = portable.no_routing(x_TK)

@@ -31,10 +31,10 @@ def mlp_block_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(y, sums, counts, what backward needs)"""
     args = (x, weights, biases, lora_a, lora_b, router_weights, router_biases, selection_biases, mask, dropout_seed)
-    if backend_for(x.device) == "triton" and form == "dense":
+    if backend_for(x.device) == "triton":
         from molora_kernels.mlp_block import forward
 
-        return forward.forward(*args, top_k, scaling, dropout_p)
+        return forward.forward(*args, top_k, scaling, dropout_p, form)
     return portable.forward(*args, top_k, scaling, dropout_p, form)
 
 
@@ -106,10 +106,10 @@ def mlp_block_bwd(
     """(dx, da, db, drouter_weights, drouter_biases); what is not needed is empty"""
     args = (dy, dsums, x, weights, lora_a, lora_b, router_weights, saved, mask, dropout_seed, top_k, scaling, dropout_p)
     needs = (need_dx, need_dlora, need_drouter)
-    if backend_for(x.device) == "triton" and form == "dense":
+    if backend_for(x.device) == "triton":
         from molora_kernels.mlp_block import backward
 
-        return backward.backward(*args, *needs)
+        return backward.backward(*args, *needs, form)
     with autocast.off(x):  # backward may be called under autocast, though it should not be
         return portable.backward(*args, *needs, form)
 

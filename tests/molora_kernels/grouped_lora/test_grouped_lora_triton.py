@@ -11,19 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_cases import CASES, DTYPES, LoraCase, check, lora_inputs, results
 
+from molora_kernels.grouped_lora.dispatch import Form
+
 pytest.importorskip("triton")
 backward = importlib.import_module("molora_kernels.grouped_lora.backward")
 tiles = importlib.import_module("molora_kernels.grouped_lora.tiles")
 shared_memory_kib = importlib.import_module("molora_kernels._triton.tiles").shared_memory_kib
 
+FORMS: tuple[Form, ...] = ("dense", "grouped")
 CAPABILITIES = [None, (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (13, 0)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.usefixtures("poisoned")
-def test_against_fp64(case: LoraCase, dtype: torch.dtype, device: torch.device) -> None:
-    check(lora_inputs(case, dtype, device), "triton")
+def test_against_fp64(case: LoraCase, form: Form, dtype: torch.dtype, device: torch.device) -> None:
+    check(lora_inputs(case, dtype, device), "triton", form)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,6 +104,22 @@ def test_splits_of_the_tokens() -> None:
     assert tiles.weight_splits(8192, 256, 3072, tile) == 256 // (3072 // tile.block_k)
     assert tiles.weight_splits(1, 256, 3072, tile) == 1
     assert tiles.weight_splits(0, 256, 3072, tile) == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_offsets_beyond_an_int32(form: Form, device: torch.device) -> None:
+    """Three rows, 2^30 elements apart: the third is out of a 32-bit offset's reach. Memory that nobody touches is free
+    on a CPU; on a GPU it is 4 GiB for each of two tensors."""
+
+    def far(rows: torch.Tensor) -> torch.Tensor:
+        apart = 2**30 + 16
+        memory = torch.empty(2 * apart + rows.shape[1], dtype=rows.dtype, device=device)
+        return memory.as_strided(rows.shape, (apart, 1)).copy_(rows)
+
+    inputs = lora_inputs(LoraCase(T=3, K=16, N=(16,), E=3, r=4, H=1, p=0.2), torch.float16, device)
+    distant = replace(inputs, x=far(inputs.x), dys=[far(dy) for dy in inputs.dys])
+    expected, found = (results(i, "triton", form) for i in (inputs, distant))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 REAL = [

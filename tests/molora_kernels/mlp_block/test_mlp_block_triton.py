@@ -12,16 +12,19 @@ from hypothesis import strategies as st
 from mlp_cases import CASES, DTYPES, MlpCase, check, mlp_inputs, results
 from torch.nn import functional as F
 
+from molora_kernels import Projection, Router, mlp_block, use_backend, use_form
+from molora_kernels.grouped_lora.dispatch import Form
+
 pytest.importorskip("triton")
 forward = importlib.import_module("molora_kernels.mlp_block.forward")
 backward = importlib.import_module("molora_kernels.mlp_block.backward")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("form", "dtype"), [*(("dense", d) for d in DTYPES), ("grouped", torch.float16)], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.usefixtures("poisoned")
-def test_against_fp64(case: MlpCase, dtype: torch.dtype, device: torch.device) -> None:
-    check(mlp_inputs(case, dtype, device), case, "triton")
+def test_against_fp64(case: MlpCase, form: Form, dtype: torch.dtype, device: torch.device) -> None:
+    check(mlp_inputs(case, dtype, device), case, "triton", form)
 
 
 @settings(max_examples=5, deadline=None, derandomize=True)
@@ -67,26 +70,29 @@ def test_chosen_experts_whose_probabilities_are_zero(device: torch.device) -> No
     check(replace(inputs, router_biases=[low] * 3, selection_biases=[push] * 3), case, "triton")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_repeats_bit_for_bit(dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize(("form", "dtype"), [*(("dense", d) for d in DTYPES), ("grouped", torch.float16)], ids=str)
+def test_repeats_bit_for_bit(form: Form, dtype: torch.dtype, device: torch.device) -> None:
     case = replace(CASES[-1], T=150)
     inputs = mlp_inputs(case, dtype, device)
-    first, again = results(inputs, case, "triton"), results(inputs, case, "triton")
+    first, again = results(inputs, case, "triton", form), results(inputs, case, "triton", form)
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("H", [0, 1, 3])
+@pytest.mark.parametrize(("H", "form"), [(0, "dense"), (1, "dense"), (3, "dense"), (1, "grouped"), (3, "grouped")])
 @pytest.mark.parametrize("need", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 @pytest.mark.usefixtures("poisoned")
-def test_only_what_is_needed_is_computed(need: tuple[bool, bool, bool], H: int, device: torch.device) -> None:
-    i = mlp_inputs(MlpCase(T=9, K=8, inner=12, E=2, r=2, H=H), device=device)
+def test_only_what_is_needed_is_computed(
+    need: tuple[bool, bool, bool], H: int, form: Form, device: torch.device
+) -> None:
+    i = mlp_inputs(MlpCase(T=9, K=8, inner=12, E=3, r=2, H=H), device=device)
     lists = (i.weights, i.biases, i.lora_a, i.lora_b, i.router_weights, i.router_biases, i.selection_biases)
-    *_, saved = forward.forward(i.x, *lists, i.mask, None, 2, 2.0, 0.0)
+    *_, saved = forward.forward(i.x, *lists, i.mask, None, 2, 2.0, 0.0, form)
     arguments = (
         i.dy, i.dsums if H else None, i.x, i.weights, i.lora_a, i.lora_b, i.router_weights, saved, i.mask, None,
         2, 2.0, 0.0,
     )  # fmt: skip
-    everything, some = backward.backward(*arguments, True, True, True), backward.backward(*arguments, *need)
+    everything = backward.backward(*arguments, True, True, True, form)
+    some = backward.backward(*arguments, *need, form)
     need_dx, need_dlora, need_drouter = need
     assert torch.equal(some[0], everything[0]) if need_dx else some[0].numel() == 0
     for needed, all_of_them, parts in zip(
@@ -114,6 +120,33 @@ def test_a_hundred_runs_are_one_on_the_gpu() -> None:
     for _ in range(99):
         again = results(inputs, REAL, "triton")
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["dense", "grouped"])
+def test_small_for_the_sanitizer(form: Form) -> None:
+    """Sizes that no tile divides, few enough for compute-sanitizer: router, adapters and block in one."""
+    case = MlpCase(T=150, K=136, inner=200, E=5, r=16, H=3, p=0.1)
+    check(mlp_inputs(case, torch.bfloat16, "cuda"), case, "triton", form)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["dense", "grouped"])
+def test_compiles_without_a_graph_break_on_the_gpu(form: Form) -> None:
+    case = replace(REAL, T=256, K=512, inner=1024)
+    i = mlp_inputs(case, torch.bfloat16, "cuda")
+    x = i.x.requires_grad_()
+    projections = [Projection(*args) for args in zip(i.weights, i.lora_a, i.lora_b, strict=True)]
+    routers = [Router(*args) for args in zip(i.router_weights, i.selection_biases, strict=True)]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        out = mlp_block(x, *projections, routers, top_k=2, scaling=2.0, dropout_p=case.p, dropout_seed=i.dropout_seed)
+        return (out.y * i.dy).float().sum() + out.sums.sum()
+
+    with use_backend("triton"), use_form(form):
+        eager = torch.autograd.grad(run(x), x)[0]
+        compiled = torch.autograd.grad(torch.compile(run, fullgraph=True)(x), x)[0]
+    assert torch.equal(compiled, eager)
 
 
 @pytest.mark.gpu
