@@ -7,7 +7,7 @@ tokens chose, mostly the k of one set, and at worst all E. So the grid is ``ceil
 Shape letters: T tokens, E experts, E_PAD padded to a power of two, k experts chosen per token, I tiles.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # (Triton types a launch as a plain call of the kernel: it knows neither num_warps nor that constexpr takes an int.)
 from __future__ import annotations
 
