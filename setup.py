@@ -11,8 +11,19 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["molora", "molora.*", "molora_kernels", "molora_kernels.*"]),
-    package_data={"molora": ["py.typed"], "molora_kernels": ["py.typed"]},
+    packages=[
+        *find_packages(include=["molora", "molora.*", "molora_kernels", "molora_kernels.*"]),
+        # The presets live where people look for them, and are installed where molora.config finds them.
+        "molora.presets.quickstart",
+        "molora.presets.reasoning",
+    ],
+    package_dir={"molora.presets": "configs/presets"},
+    package_data={
+        "molora": ["py.typed"],
+        "molora_kernels": ["py.typed"],
+        "molora.presets.quickstart": ["*.yml"],
+        "molora.presets.reasoning": ["*.yml"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
@@ -30,6 +41,7 @@ setup(
             "chatterbot-corpus==1.3.3",
             "reasoning-gym==0.1.25",
             "gguf>=0.17",
+            "accelerate>=1.0",  # transformers reads GGUF files with it
             "math-verify>=0.8",
             "matplotlib>=3.8",
         ],
@@ -37,6 +49,7 @@ setup(
         "quantize": ["bitsandbytes>=0.46"],
         # What benchmarks compare with. moe-peft 2.0.2 runs too, but pins an old torch: pip install --no-deps.
         "peers": ["peft>=0.17", "eulerforge==0.1.0", "mixlora==0.2.3"],
+        "docs": ["zensical>=0.0.73", "mkdocstrings[python]>=1.0"],
         "track": ["tensorboard>=2.16"],
         "dev": [
             "bitsandbytes>=0.46",
@@ -48,6 +61,7 @@ setup(
             "ruff>=0.12",
             "pyright[nodejs]>=1.1.400",
             "pre-commit>=4",
+            "build>=1.2",
         ],
     },
 )

@@ -296,12 +296,13 @@ def parse_value(text: str) -> Any:
 def load(preset: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """Read a preset, apply ``key.path=value`` overrides in order, check, and return the configuration as written.
 
-    Step counts keep their unit; :func:`resolve` converts them. Raises :class:`UserError` for a missing or malformed
-    file, an unknown key, a wrong type or a value out of range.
+    Step counts keep their unit; :func:`resolve` converts them. A preset is a file, or else one of those that come with
+    molora (:func:`find_preset`). Raises :class:`UserError` for a missing or malformed file, an unknown key, a wrong
+    type or a value out of range.
     """
     tree: dict[str, Any] = {}
     if preset is not None:
-        tree = _read_yaml(Path(preset))
+        tree = _read_yaml(find_preset(preset))
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key.strip():
@@ -312,6 +313,32 @@ def load(preset: str | Path | None = None, overrides: Iterable[str] = ()) -> Con
             raise UserError(f"--set {override!r}: the value is not valid YAML ({_one_line(error)})") from error
         _assign(tree, key.strip().split("."), value, override)
     return check(Config, tree, where=str(preset) if preset else "the configuration")
+
+
+def presets_folder() -> Path:
+    """Where the presets that come with molora are: in the installed package, or in the repository."""
+    installed = Path(__file__).parent / "presets"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs" / "presets"
+
+
+def find_preset(preset: str | Path) -> Path:
+    """The file that ``preset`` names.
+
+    A file that is there is meant. Else the end of its path is looked up among the presets that come with molora, so
+    that ``configs/presets/reasoning/NAME.yml`` works in any folder, and so does ``NAME`` alone. Raises
+    :class:`UserError` for anything else, with the names that there are.
+    """
+    if (path := Path(preset)).exists():
+        return path
+    folder = presets_folder()
+    shipped = sorted(folder.rglob("*.yml"))
+    for file in shipped:
+        name = file.relative_to(folder)
+        # Not with_suffix(): llama3.2_3b has a dot of its own.
+        if {path, Path(f"{path}.yml")} & {Path("configs/presets", name), name, Path(name.name)}:
+            return file
+    names = ", ".join(file.stem for file in shipped)
+    raise UserError(f"{preset}: no such file; --preset takes a YAML file or one of {names}")
 
 
 def resolve(config: Config) -> Config:
@@ -344,8 +371,6 @@ def _one_line(error: object) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --preset takes a YAML file, see configs/presets/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({_one_line(error)})") from error
     try:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from molora import cli, provenance, report, routing
-from molora.config import Config, Data
+from molora.config import Config, Data, presets_folder
 from molora.data import read_rows
 from molora.errors import UserError
 from molora.evaluate import Opened, fingerprint, routing_counts
@@ -30,7 +30,7 @@ from molora.pipeline import Bench, Pipeline, clock
 from molora.scores import BenchResult, columns
 from molora.verdict import THRESHOLDS, judge_results
 
-PRESETS = Path(__file__).parent.parent / "configs" / "presets" / "quickstart"
+PRESETS = presets_folder() / "quickstart"
 STAGES = {"stage1": ("stage1_general.yml", ("general",)), "stage2": ("stage2_maths.yml", ("maths", "general"))}
 """stage -> its preset and the data that it trains on. General rows return in stage 2: on maths alone the general loss
 rose by 15 % within 60 steps, most of it at the first and the last token of an answer (docs/log.md)."""

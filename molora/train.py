@@ -13,7 +13,7 @@ import torch
 
 from molora import checkpoint, cli, preflight
 from molora.adapter import is_adapter, pick_device, read_manifest
-from molora.config import Config, load, resolve, to_yaml
+from molora.config import Config, find_preset, load, resolve, to_yaml
 from molora.data import Row, hold_out, read_rows
 from molora.errors import UserError
 from molora.trainer import Trainer
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.metrics_level:
         overrides.append(f"logging.metrics_level={options.metrics_level}")
     config = resolve(load(options.preset, overrides))
-    name = Path(options.preset).stem
+    name = find_preset(options.preset).stem
     if not options.output_dir and not name.strip("."):
         raise UserError(f"{options.preset}: gives no name for a folder in outputs/; give --output-dir")
     output = Path(options.output_dir or Path("outputs") / name)
@@ -85,7 +85,9 @@ def positive(text: str) -> float:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options of the command line; argparse explains wrong ones and exits with code 2."""
     parser = argparse.ArgumentParser(prog="python -m molora.train", description="Train one stage from a preset.")
-    parser.add_argument("--preset", required=True, metavar="FILE", help="YAML file, see configs/presets/")
+    parser.add_argument(
+        "--preset", required=True, metavar="FILE|NAME", help="YAML file, or the name of a preset of ours"
+    )
     parser.add_argument(
         "--set",
         action="append",
