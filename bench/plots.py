@@ -24,10 +24,11 @@ STYLES = {
     "eulerforge": ("#CC79A7", "P"),
 }
 FLOORS = {
-    "flops_sparse": ("arithmetic of the chosen experts", ":"),
-    "flops_dense": ("arithmetic of all experts", "--"),
-    "roofline_dense": ("roofline, all experts", "-."),
+    "roofline_dense": ("roofline, all experts", "-", "#d2d2d2", 4.5),
+    "flops_dense": ("arithmetic of all experts", "--", "#777777", 1.2),
+    "flops_sparse": ("arithmetic of the chosen experts", ":", "#777777", 1.4),
 }
+"""Where all is bound by arithmetic the first two are one; hence the wide pale line below the narrow one."""
 TICKS = (1.0, 1.1, 1.2, 1.35, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
 LABELS = {"tokens": "tokens", "experts": "experts E", "rank": "rank r", "top_k": "experts chosen k", "layers": "layers"}
 
@@ -83,10 +84,10 @@ def _panel(ax: Axes, sweep: Result) -> None:
             linewidth=0 if variant == "molora" else 1.8 if ours else 1.1, zorder=3 if ours else 2,
             label="molora: what the rule takes" if variant == "molora" else variant,
         )  # fmt: skip
-    for key, (label, dashes) in FLOORS.items():
+    for key, (label, dashes, grey, width) in FLOORS.items():
         floor = [run["floors"][key] for run in runs if "floors" in run]
         if floor:
-            ax.plot(values, floor, color="#777777", linestyle=dashes, linewidth=1.2, label=label, zorder=1)
+            ax.plot(values, floor, color=grey, linestyle=dashes, linewidth=width, label=label, zorder=1)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(values, [f"{v:,}" for v in values])
