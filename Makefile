@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv quickstart test test-gpu bench check clean
+.PHONY: venv quickstart test test-gpu bench check docs clean
 
 venv: .venv/.done
 .venv/.done: setup.py constraints.txt
@@ -32,5 +32,9 @@ check: .venv/.done  ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+docs: .venv/.done  ## the documentation site, in site/; a broken link or reference is an error
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/zensical build --strict --clean
+
 clean:  ## what quickstart and packaging made; your own data and runs stay, and so does .venv
-	rm -rf outputs/quickstart data/quickstart build dist *.egg-info
+	rm -rf outputs/quickstart data/quickstart site build dist *.egg-info
