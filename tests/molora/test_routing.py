@@ -281,3 +281,9 @@ def test_observing_sees_each_forward_and_leaves_the_model_as_it_was(tiny_config,
         assert len(record.gates) == len(routing.names(model)) == (6 if scope == "projection" else 2)
         torch.testing.assert_close(record.gates.sum(-1), torch.ones(record.gates.shape[:-1]))
         torch.testing.assert_close((record.gates > 0).sum((1, 2)).float(), record.counts)
+
+
+def test_routers_by_kind_and_layer() -> None:
+    names = [f"model.layers.{layer}.mlp.{kind}" for layer, kind in ((2, "gate"), (0, "gate"), (1, "down"))]
+    assert routing.by_kind(names) == {"gate": {0: 1, 2: 0}, "down": {1: 2}}
+    assert routing.by_kind(["model.layers.3.mlp", "router"]) == {"mlp": {3: 0}, "router": {0: 1}}

@@ -2,25 +2,30 @@
 
 import struct
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from molora import report
 from molora.errors import UserError
+from molora.report import pictures
 
 NAMES = [f"model.layers.{layer}.mlp.{kind}" for layer in (0, 1, 2) for kind in ("gate_proj", "down_proj")]
 
 
-def test_shares() -> None:
-    counts = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
-    torch.testing.assert_close(report.shares(counts), torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
+def test_an_svg_follows_the_page_and_says_what_it_is() -> None:
+    panel = pictures.lines('loss "a" <b>', [pictures.Line("x", [0, 1], [1, 2])], x="step", y="nats")
+    text = pictures.svg(panel)
+    element = ElementTree.fromstring(text)
+    assert element.get("aria-label") == panel.title and element.get("width") is None
+    assert "currentColor" in text and pictures.INK not in text
+    assert pictures.svg(panel) == text
 
 
-def test_routers_by_kind_and_layer() -> None:
-    shuffled = [NAMES[i] for i in (4, 0, 2, 5, 3, 1)]
-    assert report._by_kind(shuffled) == {"gate_proj": {0: 1, 1: 2, 2: 0}, "down_proj": {0: 5, 1: 4, 2: 3}}
-    assert report._by_kind(["model.layers.3.mlp", "router"]) == {"mlp": {3: 0}, "router": {0: 1}}
+def test_cells_are_around_their_centres() -> None:
+    assert pictures._edges([1, 2, 4]) == [0.5, 1.5, 3.0, 5.0]
+    assert pictures._edges([3]) == [2.5, 3.5]
 
 
 @pytest.mark.parametrize("domains", [("general",), ("general", "maths"), ("a", "b", "c")])
@@ -38,7 +43,7 @@ def test_bars_of_a_layer_reach_from_nothing_to_all() -> None:
     from matplotlib.figure import Figure
 
     ax = Figure().subplots()
-    report._stack(ax, [4, 6], torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
+    pictures._stack(ax, [4, 6], torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
     bars = [[(bar.get_x() + bar.get_width() / 2, bar.get_y(), bar.get_height()) for bar in c] for c in ax.containers]
     assert bars == [[(4, 0, 0.25), (6, 0, 0.5)], [(4, 0.25, 0.75), (6, 0.5, 0.5)]]
 
