@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +67,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="one case per kernel and dtype, for 80, 90 and 120")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: up to 2)")
     parser.add_argument("--json", type=Path, help="write every row, with commit and versions, to this file")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", metavar="JSON", help="compile nothing: join what earlier runs wrote"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    # The interpreter's kernels cannot be compiled, and workers inherit this environment.
-    os.environ["TRITON_INTERPRET"] = "0"
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    architectures = ("80", "90", "120") if arguments.quick else arguments.arch
-    tasks = [t for t in _tasks(architectures, arguments.quick) if not arguments.kernel or arguments.kernel in t.kernel]
-    if not tasks:
-        raise SystemExit(f"no kernel's name contains {arguments.kernel!r}")
-    rows = sorted(_compile_all(tasks, arguments.jobs), key=lambda row: (row.kernel, len(row.arch), row.arch, row.label))
+    if arguments.merge:
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.merge]
+        sources = [source for found in runs for source in found["runs"]]
+        rows = [Compiled(*row) for found in runs for row in found["rows"]]
+    else:
+        # The interpreter's kernels cannot be compiled, and workers inherit this environment.
+        os.environ["TRITON_INTERPRET"] = "0"
+        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+        architectures = ("80", "90", "120") if arguments.quick else arguments.arch
+        tasks = _tasks(architectures, arguments.quick)
+        tasks = [task for task in tasks if not arguments.kernel or arguments.kernel in task.kernel]
+        if not tasks:
+            raise SystemExit(f"no kernel's name contains {arguments.kernel!r}")
+        sources, rows = [provenance()], list(_compile_all(tasks, arguments.jobs))
+    rows.sort(key=lambda row: (row.kernel, len(row.arch), row.arch, row.label))
 
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     console.print(_table(rows))
@@ -86,10 +97,39 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"[red]{_name(row.arch)} {row.kernel} {row.label} {row.tiles}: {row.fault}", highlight=False)
     console.print(f"{len(rows)} compiled, {len(faults)} at fault")
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {**provenance(), "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        _write_json(arguments.json, sources, rows)
+    if arguments.markdown:
+        _write_markdown(arguments.markdown, sources, rows)
     return 1 if faults else 0
+
+
+def _write_json(path: Path, sources: list[dict[str, Any]], rows: list[Compiled]) -> None:
+    """One row a line: names of the columns first, then their values."""
+    lines = ",\n".join(json.dumps(list(asdict(row).values())) for row in rows)
+    columns = json.dumps([field.name for field in fields(Compiled)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = f'{{"runs": {json.dumps(sources, indent=1)},\n"columns": {columns},\n"rows": [\n{lines}\n]}}\n'
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_markdown(path: Path, sources: list[dict[str, Any]], rows: list[Compiled]) -> None:
+    heads, *lines = _worst(rows)
+    versions = sorted({f"Triton {source['packages']['triton']}, commit `{source['commit'][:7]}`" for source in sources})
+    text = [
+        "# Compile matrix",
+        "",
+        f"{len(rows)} cases, {sum(bool(row.fault) for row in rows)} at fault: every kernel with every tile that its",
+        "launcher can pick, compiled without a GPU. At fault is a case that spills, wants more shared memory than",
+        "there is, or has a matrix product and no tensor-core instruction. Below, the worst of each kernel and GPU.",
+        "",
+        f"From {'; '.join(versions)}. Written by `python -m bench compile --markdown`; do not edit.",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|---" * 2 + "|--:" * (len(heads) - 2) + "|",
+        *("| " + " | ".join(line) + " |" for line in lines),
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 def _tasks(architectures: Iterable[str], quick: bool) -> Iterator[Task]:
@@ -204,12 +244,21 @@ def _resources(asm: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _table(rows: list[Compiled]) -> Table:
+    heads, *lines = _worst(rows)
     table = Table(title="the worst of each kernel's cases")
-    for column in ("kernel", "arch", "cases", "regs", "spilled", "shared", "instruction", "faults"):
+    for column in heads:
         table.add_column(column, justify="left" if column in ("kernel", "instruction") else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def _worst(rows: list[Compiled]) -> Iterator[tuple[str, ...]]:
+    """Headings, then for each kernel and architecture the most of everything."""
+    yield "kernel", "arch", "cases", "regs", "spilled", "shared", "instruction", "faults"
     for kernel, arch in dict.fromkeys((row.kernel, row.arch) for row in rows):
         group = [row for row in rows if (row.kernel, row.arch) == (kernel, arch)]
-        table.add_row(
+        yield (
             kernel,
             _name(arch),
             str(len(group)),
@@ -219,4 +268,3 @@ def _table(rows: list[Compiled]) -> Table:
             " ".join(sorted({row.instruction.split(".")[0] for row in group} - {""})),
             str(sum(bool(row.fault) for row in group)),
         )
-    return table

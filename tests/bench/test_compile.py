@@ -1,0 +1,37 @@
+"""The compile matrix joins what runs of single architectures wrote, and its verdict is that of all rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+compile_matrix = pytest.importorskip("bench.compile")
+
+ROW = compile_matrix.Compiled("90", "a_kernel", "bf16", "block_t=64", 96, 0, 4096, 227 * 1024, "wgmma", "")
+
+
+def merge(paths: list[Path], **outputs: Path) -> int:
+    parser = argparse.ArgumentParser()
+    compile_matrix.add_arguments(parser)
+    given = [word for name, path in outputs.items() for word in (f"--{name}", str(path))]
+    return compile_matrix.run(parser.parse_args(["--merge", *map(str, paths), *given]))
+
+
+def test_runs_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = [{"commit": "0123456789", "packages": {"triton": "3.9.0"}}]
+    good, bad = tmp_path / "90.json", tmp_path / "86.json"
+    spilled = replace(ROW, arch="86", spilled=8, fault="8 bytes a thread spilled")
+    compile_matrix._write_json(good, sources, [ROW])
+    compile_matrix._write_json(bad, sources, [spilled])
+    assert merge([good]) == 0
+    assert merge([good, bad], json=tmp_path / "all.json", markdown=tmp_path / "all.md") == 1
+    assert "2 compiled, 1 at fault" in capsys.readouterr().out
+    joined = json.loads((tmp_path / "all.json").read_text())
+    assert len(joined["runs"]) == 2 and [row[0] for row in joined["rows"]] == ["86", "90"]
+    table = (tmp_path / "all.md").read_text()
+    assert "2 cases, 1 at fault" in table and "| a_kernel | sm_86 | 1 | 96 | 8 |" in table
+    assert "commit `0123456`" in table
