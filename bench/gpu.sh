@@ -55,21 +55,24 @@ for status in "$small" "$real"; do
   fi
 done
 
-echo "== benchmarks at Llama-3.2-3B's shapes"
+echo "== benchmarks at Llama-3.2-3B's shapes, what decides most first; the names are those of bench/results"
 shapes=(--device cuda --dtype bf16 --hidden 3072 --intermediate 8192)
-bench() { # bench NAME ARGUMENTS…
+model=(--device cuda --dtype bf16 --model llama3.2-3b --warmup 2 --rounds 5)
+bench() { # bench NAME COMMAND ARGUMENTS…
   local name=$1
   shift
-  within 50 python3 -m bench mlp "${shapes[@]}" "$@" --json "$out/$name.json" >"$out/$name.log" 2>&1
+  within 75 python3 -m bench "$@" --json "$out/$name.json" >"$out/$name.log" 2>&1
   local status=$?
-  grep -v rounds: "$out/$name.log"
+  grep -v rounds: "$out/$name.log" | tail -n 30
   echo "== $name: exit $status after $SECONDS s"
 }
-bench mlp-bf16-8192 --tokens 8192 --rounds 30 --warmup 5
-bench mlp-bf16-8192-dropout --tokens 8192 --dropout 0.08 --rounds 20 --only molora "PEFT LoRA r=64"
-bench mlp-bf16-5120 --tokens 5120 --rounds 30 --warmup 5
-bench mlp-bf16-1024 --tokens 1024 --rounds 30 --warmup 5
-bench mlp-bf16-64 --tokens 64 --rounds 30 --warmup 5
+bench mlp-cuda-bf16 mlp "${shapes[@]}" --tokens 8192
+bench step-cuda-bf16-stage2 step "${model[@]}" --rows 8 --length 1024 --checkpointing none
+bench sweep-cuda-bf16-experts sweep --over experts "${shapes[@]}" --tokens 8192 --rounds 10
+bench sweep-cuda-bf16-tokens sweep --over tokens "${shapes[@]}" --rounds 10
+bench mlp-cuda-bf16-dropout mlp "${shapes[@]}" --tokens 8192 --dropout 0.05 \
+  --only molora "molora grouped" "PEFT LoRA r=64"
+bench op-cuda-bf16 op "${shapes[@]}" --tokens 8192
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
 if [ -z "$sanitizer" ]; then

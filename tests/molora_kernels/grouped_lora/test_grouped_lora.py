@@ -18,13 +18,14 @@ FORMS: tuple[Form, ...] = ("dense", "grouped")
 
 
 @pytest.mark.parametrize(
-    ("backend", "form"), [("reference", "dense"), ("torch", "dense"), ("torch", "grouped"), ("triton", "dense")]
+    ("backend", "form"),
+    [("reference", "dense"), ("torch", "dense"), ("torch", "grouped"), ("triton", "dense"), ("triton", "grouped")],
 )
 @pytest.mark.parametrize("case", [SMALL, LoraCase(T=4, K=5, N=(3,), E=1, r=2, H=0)], ids=str)
-def test_gradients_in_fp64(case: LoraCase, backend: Any, form: Form) -> None:
+def test_gradients_in_fp64(case: LoraCase, backend: Any, form: Form, device: torch.device) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
-    i = lora_inputs(case).double()
+    i = lora_inputs(case, device=device).double()
     groups, chosen = len(case.N), None if i.gates is None else i.gates != 0
 
     def run(x: Tensor, gates: Tensor | None, *adapters: Tensor) -> tuple[Tensor, ...]:

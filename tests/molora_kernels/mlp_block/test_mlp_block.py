@@ -32,11 +32,11 @@ def block_of(i: MlpInputs, case: MlpCase, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("H", [0, 1, 3])
-def test_gradients_in_fp64(H: int, backend: Any) -> None:
+def test_gradients_in_fp64(H: int, backend: Any, device: torch.device) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
     case = MlpCase(**{**SMALL.__dict__, "H": H, "bias": False, "p": 0.2 if H == 3 else 0.0})
-    i = mlp_inputs(case).double()
+    i = mlp_inputs(case, device=device).double()
     leaves = [t.requires_grad_() for t in (i.x, *i.lora_a, *i.lora_b, *i.router_weights)]
     with use_backend(backend):
         assert torch.autograd.gradcheck(lambda *_: block_of(i, case, i.x)[: 2 if H else 1], leaves)
