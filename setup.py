@@ -19,7 +19,7 @@ setup(
     ],
     package_dir={"molora.presets": "configs/presets"},
     package_data={
-        "molora": ["py.typed"],
+        "molora": ["py.typed", "report/page.html"],
         "molora_kernels": ["py.typed"],
         "molora.presets.quickstart": ["*.yml"],
         "molora.presets.reasoning": ["*.yml"],
@@ -37,6 +37,7 @@ setup(
     extras_require={
         # Triton has no wheel for every platform; molora runs without it.
         "triton": ["triton>=3.6"],
+        "report": ["matplotlib>=3.8", "jinja2>=3.1"],
         "quickstart": [
             "chatterbot-corpus==1.3.3",
             "reasoning-gym==0.1.25",
