@@ -8,10 +8,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from molora_kernels.grouped_lora import order
 
 Form = Literal["auto", "dense", "grouped"]
 Resolved = Literal["dense", "grouped"]
@@ -21,6 +24,12 @@ _choice: Form = "auto"
 RIDGE = {80: 156, 86: 76, 89: 164, 90: 295, 100: 281, 120: 117}
 """FLOP per byte of memory traffic at which 16-bit products and memory take equally long, from data sheets (A100, 3090,
 4090, H100, B200, 5090)."""
+
+
+CPU_RIDGE = 80
+"""Rank left out per visit of a row from which moving the row pays, of fp32 and bf16 alike."""
+CPU_ROWS = 128
+"""Rows a group has to have on average."""
 
 
 class use_form:
@@ -78,6 +87,9 @@ def choose_form(
 
     CUDA, a model that is **not measured**: dense computes ``6 (E - k) r`` FLOPs per token and feature too many, grouped
     moves about ``6 k`` elements of 16 bits per token and feature more. They are equal at ``(E - k) r = k * ridge``.
+
+    CPU, measured (docs/adr/0004-dense-experts.md): the same balance, with rows moved once where tokens are
+    sorted by set and k times where by expert, and an end to it where a group's products are too short.
     """
     if top_k >= experts:
         return "dense"
@@ -85,4 +97,9 @@ def choose_form(
         major, minor = capability or (0, 0)
         ridge = RIDGE.get(10 * major + minor, RIDGE[90])  # unknown GPUs: the largest, so dense, which moves no tokens
         return "grouped" if (experts - top_k) * rank > top_k * ridge else "dense"
+    if device_type == "cpu":
+        by_set = order.sorted_by_set(experts, top_k)
+        visits, groups = (1, math.comb(experts, top_k)) if by_set else (top_k, experts)
+        long_enough = tokens * visits >= CPU_ROWS * groups
+        return "grouped" if long_enough and (experts - top_k) * rank > CPU_RIDGE * visits else "dense"
     return "dense"

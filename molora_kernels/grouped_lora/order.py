@@ -23,6 +23,10 @@ class Group(NamedTuple):
     """(n, len(experts)), contiguous."""
 
 
+def sorted_by_set(experts: int, top_k: int) -> bool:
+    return math.comb(experts, top_k) <= MOST_SETS
+
+
 def groups_of(gates_TE: Tensor, top_k: int) -> list[Group]:
     """Non-empty groups of tokens. Each token is in one group, of its whole set of chosen experts; or, where there are
     many sets, in ``top_k`` groups of one expert each.
@@ -32,7 +36,7 @@ def groups_of(gates_TE: Tensor, top_k: int) -> list[Group]:
     """
     experts = gates_TE.shape[1]
     best = gates_TE.abs().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    by_set = math.comb(experts, top_k) <= MOST_SETS
+    by_set = sorted_by_set(experts, top_k)
     keys = (1 << best).sum(1, keepdim=True) if by_set else best
     ordered = keys.flatten().sort(stable=True)
     found, sizes = (t.tolist() for t in torch.unique_consecutive(ordered.values, return_counts=True))

@@ -27,6 +27,26 @@ def test_on_a_gpu_many_experts_are_grouped(experts: int, capability: tuple[int, 
     assert choose_form(8192, experts, 2, 32, torch.bfloat16, "cuda", capability) == form
 
 
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "rank", "form"),
+    [
+        (2048, 4, 2, 32, "dense"),  # measured: as fast as grouped in fp32 and 2 % faster in bf16
+        (2048, 4, 1, 32, "grouped"),  # 0.93 and 0.95 of dense
+        (2048, 8, 2, 32, "grouped"),  # 0.97 and 0.97
+        (2048, 16, 2, 16, "grouped"),  # 0.94 and 0.97
+        (2048, 16, 2, 32, "grouped"),  # 0.79 and 0.83
+        (256, 4, 2, 32, "dense"),  # 1.24 and 1.42
+        (512, 16, 2, 32, "dense"),
+        (0, 16, 2, 32, "dense"),
+    ],
+)
+def test_on_a_cpu_the_form_is_the_one_measured_faster(
+    tokens: int, experts: int, top_k: int, rank: int, form: Resolved
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert choose_form(tokens, experts, top_k, rank, dtype, "cpu") == form
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_with_all_experts_chosen_there_is_nothing_to_group(device: str) -> None:
     assert choose_form(8192, 64, 64, 64, torch.float32, device, (8, 0)) == "dense"
@@ -54,7 +74,7 @@ def test_backward_runs_the_form_of_its_forward() -> None:
     assert torch.equal(inside, outside)
 
 
-@pytest.mark.parametrize(("experts", "top_k", "visits"), [(4, 2, 1), (5, 3, 1), (8, 2, 2), (3, 1, 1)])
+@pytest.mark.parametrize(("experts", "top_k", "visits"), [(4, 2, 1), (5, 3, 1), (8, 2, 2), (3, 1, 1), (64, 1, 1)])
 def test_groups_hold_each_token_with_the_experts_it_chose(experts: int, top_k: int, visits: int) -> None:
     gates = torch.randn(50, experts, generator=torch.Generator().manual_seed(0))  # of either sign
     dropped = gates.abs().argsort(1)[:, : experts - top_k]
