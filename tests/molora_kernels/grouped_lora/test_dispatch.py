@@ -30,12 +30,12 @@ def test_on_a_gpu_many_experts_are_grouped(experts: int, capability: tuple[int, 
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "rank", "form"),
     [
-        (2048, 4, 2, 32, "dense"),  # measured: as fast as grouped in fp32 and 2 % faster in bf16
+        (2048, 4, 2, 32, "dense"),  # measured: grouped takes 1.08 (fp32) and 1.00 (bf16) of its time
         (2048, 4, 1, 32, "grouped"),  # 0.93 and 0.95 of dense
-        (2048, 8, 2, 32, "grouped"),  # 0.97 and 0.97
+        (2048, 8, 2, 32, "grouped"),  # 0.84 and 0.95
         (2048, 16, 2, 16, "grouped"),  # 0.94 and 0.97
         (2048, 16, 2, 32, "grouped"),  # 0.79 and 0.83
-        (256, 4, 2, 32, "dense"),  # 1.24 and 1.42
+        (256, 4, 2, 32, "dense"),  # 1.09 and 1.35
         (512, 16, 2, 32, "dense"),
         (0, 16, 2, 32, "dense"),
     ],
@@ -81,14 +81,19 @@ def test_groups_hold_each_token_with_the_experts_it_chose(experts: int, top_k: i
     gates.scatter_(1, dropped, 0.0)
     chosen = torch.zeros_like(gates, dtype=torch.bool)
     seen = torch.zeros(50, dtype=torch.int64)
-    for group in order.groups_of(gates, top_k):
-        seen[group.rows] += 1
+    ordered = order.order_of(gates, top_k)
+    for group in ordered.groups:
+        seen[group.tokens] += 1
+        assert torch.equal(group.tokens, group.tokens.sort().values)
+        assert (ordered.experts[group.visits] == torch.tensor(group.experts)).all()
         for e in group.experts:
-            chosen[group.rows, e] = True
+            chosen[group.tokens, e] = True
     assert torch.equal(chosen, gates != 0) and (seen == visits).all()
+    assert torch.equal(ordered.gates, gates[ordered.tokens[:, None], ordered.experts])
 
 
 def test_zeros_are_chosen_by_index_where_too_few_gates_are_not_zero() -> None:
-    (group,) = order.groups_of(torch.tensor([[0.0, 0.0, 1.0, 0.0]] * 3), 2)
-    assert group.experts == (0, 2) and group.rows.tolist() == [0, 1, 2]
-    assert order.groups_of(torch.zeros(0, 4), 2) == []
+    ordered = order.order_of(torch.tensor([[0.0, 0.0, 1.0, 0.0]] * 3), 2)
+    (group,) = ordered.groups
+    assert group.experts == (0, 2) and group.tokens.tolist() == [0, 1, 2]
+    assert order.order_of(torch.zeros(0, 4), 2).groups == []
