@@ -51,6 +51,7 @@ setup(
         # What benchmarks compare with. moe-peft 2.0.2 runs too, but pins an old torch: pip install --no-deps.
         "peers": ["peft>=0.17", "eulerforge==0.1.0", "mixlora==0.2.3"],
         "docs": ["zensical>=0.0.73", "mkdocstrings[python]>=1.0"],
+        "peft": ["peft>=0.21"],
         "track": ["tensorboard>=2.16"],
         "dev": [
             "bitsandbytes>=0.46",
@@ -59,6 +60,7 @@ setup(
             "hypothesis>=6.100",
             "accelerate>=1.0",
             "trl>=1.16",
+            "peft>=0.21",
             "ruff>=0.12",
             "pyright[nodejs]>=1.1.400",
             "pre-commit>=4",

@@ -34,7 +34,7 @@ from molora.config import Config, Injection, LoadPrecision, Model, MoE, check
 from molora.errors import UserError
 from molora.files import file_sha256
 from molora.layers import LoraLinear, Router
-from molora.patch import State, inject
+from molora.patch import AnyModel, State, inject
 
 WEIGHTS, MANIFEST, FORMAT = "adapter.safetensors", "molora.json", 1
 
@@ -88,13 +88,16 @@ def load(name: str | Path, device: str = "auto", precision: str = "auto") -> tup
         return model.eval(), tokenizer
     manifest = read_manifest(folder)
     model, tokenizer = load_base(_locate_base(folder, manifest), model_config, pick_device(device))
-    inject(
-        model,
-        check(Injection, manifest["injection"], where=str(folder)),
-        check(MoE, manifest["moe"], where=str(folder)),
-    )
+    return put_on(model, folder).eval(), _tokenizer(folder) or tokenizer
+
+
+def put_on(model: AnyModel, folder: Path) -> AnyModel:
+    """Patch a base model in place as the adapter folder says and load its tensors; raises as :func:`load_weights`."""
+    manifest = read_manifest(folder)
+    injection = check(Injection, manifest["injection"], where=str(folder))
+    inject(model, injection, check(MoE, manifest["moe"], where=str(folder)))
     load_weights(model, folder)
-    return model.eval(), _tokenizer(folder) or tokenizer
+    return model
 
 
 # --- the frozen base ---------------------------------------------------------------------------------------------
@@ -217,7 +220,7 @@ def base_fingerprint(model: nn.Module) -> str | None:
     loses what it reads."""
     if any(p.dtype == torch.float16 or not p.is_floating_point() for p in model.parameters()):
         return None
-    adapters = {id(p) for _, p in _adapter_tensors(model)}
+    adapters = {id(p) for _, p in adapter_tensors(model)}
     digest = hashlib.sha256()
     for parameter in model.parameters():
         if id(parameter) not in adapters:
@@ -247,7 +250,7 @@ def save_adapter(model: nn.Module, folder: str | Path, state_dict: Mapping[str, 
         OSError: the disk is full or not writable; older files are untouched.
     """
     state = _state(model)
-    base = _base_name(model)
+    base = base_name(model)
     if not base:
         raise ValueError(
             "the model was made in memory, so its adapter could never be loaded: save the base with save_pretrained "
@@ -255,7 +258,7 @@ def save_adapter(model: nn.Module, folder: str | Path, state_dict: Mapping[str, 
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    own = _adapter_tensors(model)
+    own = adapter_tensors(model)
     if state_dict is not None:
         own = [(name, state_dict[name]) for name, _ in own]
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in own}
@@ -315,7 +318,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
             f"{folder}: the adapter was trained on another base model than the one loaded "
             f"({manifest['base_model']!r} when it was saved); load it on its own base"
         )
-    own = dict(_adapter_tensors(model))
+    own = dict(adapter_tensors(model))
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [
         f"{name} is {tuple(tensors[name].shape)} in the file and {tuple(own[name].shape)} in the model"
@@ -370,7 +373,7 @@ def _check_same_shape(folder: Path, manifest: dict[str, Any], config: Config) ->
         raise UserError(f"{folder}: its adapter has another shape than this configuration: " + "; ".join(differ))
 
 
-def _adapter_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def adapter_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Every adapter parameter and router buffer by full name."""
     tensors: dict[str, torch.Tensor] = {}
     for path, module in model.named_modules():
@@ -387,7 +390,7 @@ def _state(model: nn.Module) -> State:
     return state
 
 
-def _base_name(model: nn.Module) -> str:
+def base_name(model: nn.Module) -> str:
     """The base as given; a local folder as an absolute path, so that the adapter loads from any working folder."""
     name = getattr(model, "molora_base", None) or getattr(model.config, "_name_or_path", "")
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
@@ -395,6 +398,8 @@ def _base_name(model: nn.Module) -> str:
 
 def _locate_base(folder: Path, manifest: dict[str, Any]) -> str:
     name = manifest["base_model"]
+    if name.startswith("./"):  # the adapter folder brings its base
+        name = str((folder / name).resolve())
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise UserError(
             f"{folder / MANIFEST}: its base model {name!r} is gone; put it back or edit base_model to where it is now"

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 
 def attach(model: nn.Module, state: State) -> None:
-    """Make ``model``, patched as ``state`` says, bring its router losses and save its adapter alone."""
+    """Make ``state`` the model's own, at ``model.molora``, and the model bring the losses of its routers."""
+    model.molora = state  # type: ignore[assignment] # a plain attribute, not a submodule
     if state.routers:
         state.hooks.append(model.register_forward_pre_hook(_begin, with_kwargs=True))
         state.hooks.append(model.register_forward_hook(_end, with_kwargs=True, always_call=True))
@@ -40,17 +41,22 @@ def attach(model: nn.Module, state: State) -> None:
         config: Any = model.config
         text_config = config.get_text_config()  # the config itself, where a model does nothing but text
         text_config.output_router_logits, text_config.router_aux_loss_coef = True, 1.0
+
+
+def save_adapter_alone(model: nn.Module) -> None:
+    """Make ``model.save_pretrained`` write the adapter."""
     model.save_pretrained = types.MethodType(_save_pretrained, model)  # type: ignore[assignment]
 
 
 def detach(model: nn.Module, state: State) -> None:
-    """Undo :func:`attach`."""
-    for handle in state.hooks:
-        handle.remove()
+    """Undo :func:`attach` and :func:`save_adapter_alone`."""
+    while state.hooks:
+        state.hooks.pop().remove()
     config: Any = model.config
     for name in ("output_router_logits", "router_aux_loss_coef"):
         config.get_text_config().__dict__.pop(name, None)
-    del model.save_pretrained
+    model.__dict__.pop("save_pretrained", None)
+    del model.molora
 
 
 # --- router losses -----------------------------------------------------------------------------------------------

@@ -78,8 +78,8 @@ def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe:
             parameter.requires_grad_(False)
     for i in indices:
         _patch_layer(state, family, f"{family.layers}.{i}", layers.get_submodule(str(i)), plan[i], fused)
-    model.molora = state  # type: ignore[assignment] # a plain attribute, not a submodule
     hooks.attach(model, state)
+    hooks.save_adapter_alone(model)
     return model
 
 
@@ -98,7 +98,6 @@ def remove(model: AnyModel) -> AnyModel:
     for parameter in state.unfrozen:
         parameter.requires_grad_(True)
     hooks.detach(model, state)
-    del model.molora
     return model
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from molora import config
+import molora
+from molora import config, convert
 from tests.conftest import make_rows, write_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +68,12 @@ def test_python_blocks_run(program: str, tiny_model_dir: Path, tmp_path: Path, m
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(tiny_model_dir)
     write_jsonl(tmp_path / "rows.jsonl", make_rows(16))
+    for kind, options in (("whole", ["export"]), ("lora", ["merge"]), ("dense", ["merge", "--into", "base"])):
+        if f'"out/{kind}"' in program:
+            model, tokenizer = molora.load("base", device="cpu")
+            molora.save_adapter(molora.inject(model, {"lora_r": 4, "init_b_std": 0.02}), "adapter")
+            tokenizer.save_pretrained("adapter")
+            convert.main([options[0], "adapter", f"out/{kind}", *options[1:]])
     ids = torch.arange(10, 26).reshape(2, 8)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     # What a training loop has at hand.

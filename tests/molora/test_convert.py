@@ -1,0 +1,126 @@
+"""What leaves molora: routed models whole, and merged ones, opened by transformers and PEFT themselves."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import molora
+from molora import convert, merge
+from molora.errors import UserError
+
+IDS = torch.randint(0, 320, (2, 9), generator=torch.Generator().manual_seed(5))
+
+
+def saved(tiny_model_dir: Path, folder: Path, injection: dict, *, even: bool = False, moe: dict | None = None) -> Path:
+    """An adapter folder with random tensors; ``even``: routers of zeros, whose gates are all alike."""
+    model, tokenizer = molora.load(tiny_model_dir, device="cpu", precision="fp32")
+    generator = torch.Generator().manual_seed(6)
+    molora.inject(model, {"injection": {"lora_r": 4, **injection}, "moe": moe or {}})
+    for name, members in molora.parameter_groups(model).items():
+        for _, parameter in members:
+            scale = 0.0 if even and name == "router" else 0.1
+            parameter.data = scale * torch.randn(parameter.shape, generator=generator)
+    molora.save_adapter(model, folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.fixture
+def adapter(tiny_model_dir, tmp_path) -> Path:
+    return saved(tiny_model_dir, tmp_path / "adapter", {})
+
+
+def run(*arguments: object) -> None:
+    convert.main([*map(str, arguments), "--device", "cpu", "--precision", "fp32"])
+
+
+def test_exported_folder_opens_with_transformers_and_equal_logits(adapter, tmp_path, monkeypatch):
+    expected = logits(molora.load(adapter, "cpu", "fp32")[0])
+    run("export", adapter, tmp_path / "made")
+    out = (tmp_path / "made").rename(tmp_path / "whole")  # nothing in it knows where it was made
+
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
+    assert type(model).__name__ == "LlamaForCausalLM" and not model.training
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(molora.load(out, "cpu", "fp32")[0]), expected)
+    assert AutoTokenizer.from_pretrained(out)("one two").input_ids
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("scope", ["projection", "mlp"])
+def test_merging_experts_that_are_weighed_alike_loses_nothing(tiny_model_dir, tmp_path, rows_file, scope, capsys):
+    adapter = saved(tiny_model_dir, tmp_path / "a", {"top_k": 4}, even=True, moe={"router_scope": scope})
+    expected = logits(molora.load(adapter, "cpu", "fp32")[0])
+    run("merge", adapter, tmp_path / "lora", "--bench", rows_file)
+    run("merge", adapter, tmp_path / "dense", "--into", "base", "--bench", rows_file)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    assert dense.num_parameters() == AutoModelForCausalLM.from_pretrained(tiny_model_dir).num_parameters()
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(logits(dense), expected, rtol=0, atol=1e-5 * largest)
+    printed = capsys.readouterr().out
+    assert "LoRA of rank 4 and 16" in printed and printed.count("(+0.0%)") + printed.count("(-0.0%)") == 2
+
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    lora = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    assert not torch.allclose(logits(molora.load(tiny_model_dir, "cpu", "fp32")[0]), expected, atol=1e-2)
+    torch.testing.assert_close(logits(lora), expected, rtol=0, atol=1e-5 * largest)
+
+
+def test_what_merging_costs_is_measured_and_mean_gates_cost_less(adapter, tmp_path, rows_file, capsys):
+    def change(*options: object) -> float:
+        run("merge", adapter, tmp_path / "out", "--overwrite", "--bench", rows_file, *options)
+        found = re.search(r"loss ([\d.]+) with routers, ([\d.]+) merged", capsys.readouterr().out)
+        assert found
+        return abs(float(found[2]) - float(found[1]))
+
+    even, mean = change(), change("--gates", rows_file)
+    assert even > 1e-3 and mean != even
+    low = change("--rank", 2, "--gates", rows_file)
+    assert low != mean
+
+
+def test_mean_gates_are_those_of_answer_tokens(adapter, rows_file):
+    model, tokenizer = molora.load(adapter, "cpu", "fp32")
+    rows = [{"prompt": "one two", "response": "three four", "where": ""}]
+    gates = merge.mean_gates(model, tokenizer, rows)
+    assert gates.shape == (6, 4)
+    torch.testing.assert_close(gates.sum(-1), torch.ones(6))
+    more = merge.mean_gates(model, tokenizer, [*rows, {"prompt": "seven " * 30, "response": "three four", "where": ""}])
+    assert not torch.equal(gates, more)
+
+
+def test_truncated_update_is_the_best_of_its_rank():
+    generator = torch.Generator().manual_seed(7)
+    update = merge.Update(torch.randn(8, 20, generator=generator), torch.randn(30, 8, generator=generator))
+    whole = (update.b @ update.a).double()
+    cut, kept = merge.truncate(update, 3)
+    assert cut.a.shape == (3, 20) and cut.b.shape == (30, 3)
+    s = torch.linalg.svdvals(whole)
+    error = (whole - (cut.b @ cut.a).double()).norm()
+    torch.testing.assert_close(error, s[3:].norm(), rtol=1e-5, atol=0)
+    assert kept == pytest.approx((s[:3].square().sum() / s.square().sum()).item(), rel=1e-6)
+    assert merge.truncate(update, 8)[0] is update
+
+
+def test_bad_input_is_one_line_and_changes_nothing(adapter, tiny_model_dir, tmp_path):
+    for arguments, message in (
+        (("merge", tiny_model_dir, tmp_path / "x"), "no adapter folder"),
+        (("merge", adapter, tiny_model_dir), "exists"),
+        (("merge", adapter, tmp_path / "x", "--rank", 0), "at least 1"),
+        (("merge", adapter, tmp_path / "x", "--bench", tmp_path / "none.jsonl"), "no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(*arguments)
+    assert not (tmp_path / "x").exists()
