@@ -72,6 +72,7 @@ def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe:
 
     state = State(injection, moe)
     state.ledger.experts, state.ledger.top_k = injection.num_experts, injection.top_k
+    state.ledger.selection_bias = moe.load_balance.type == "aux_loss_free"
     for parameter in model.parameters():
         if parameter.requires_grad:
             state.unfrozen.append(parameter)

@@ -60,6 +60,8 @@ class Ledger:
     names: list[str] = field(default_factory=list)
     experts: int = 0
     top_k: int = 1
+    selection_bias: bool = False
+    """Whether routers choose by a bias too (``load_balance.type: aux_loss_free``)."""
     current: Record | None = None
 
     def register(self, name: str) -> int:
