@@ -3,6 +3,7 @@
 python -m molora.convert export outputs/…/final out/whole           # AutoModelForCausalLM opens it, routers and all
 python -m molora.convert merge outputs/…/final out/lora             # one LoRA that PEFT opens
 python -m molora.convert merge outputs/…/final out/dense --into base  # no adapter at all
+python -m molora.convert import eulerforge_run/final out/adapter --base FOLDER
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from molora import cli, export, merge
-from molora.adapter import is_adapter, load
+from molora import cli, eulerforge, export, merge
+from molora.adapter import is_adapter, load, save_adapter
 from molora.data import read_rows
 from molora.errors import UserError
 from molora.evaluate import evaluate
@@ -77,6 +78,16 @@ def run_merge(options: argparse.Namespace) -> None:
         print("what it costs was not measured: give --bench FILE")
 
 
+def run_import(options: argparse.Namespace) -> None:
+    """Write an adapter that EulerForge trained as an adapter folder."""
+    model, tokenizer = load(options.base, options.device, options.precision)
+    eulerforge.put_on(model, Path(options.adapter))
+    with replacing(options.out) as folder:
+        save_adapter(model, folder)
+        tokenizer.save_pretrained(folder)
+    print(f"{options.out}: opens with molora.load")
+
+
 def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
     if not is_adapter(Path(options.adapter)):
         raise UserError(f"{options.adapter}: no adapter folder (adapter.safetensors and molora.json)")
@@ -107,11 +118,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     command.add_argument(
         "--bench", action="append", default=[], metavar="FILE", help="rows to measure the loss on, before and after"
     )
+
+    command = commands.add_parser("import", help="an adapter that EulerForge trained with mixture_lora")
+    command.set_defaults(run=run_import)
+    _add_common(command)
+    command.add_argument("--base", required=True, help="the model that the run started from, a folder or hub name")
     return parser.parse_args(arguments)
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("adapter", help="adapter folder, such as a stage's final/")
+    command.add_argument("adapter", help="folder to read, such as a stage's final/")
     command.add_argument("out", type=Path, help="folder to write")
     command.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
