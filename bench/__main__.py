@@ -17,6 +17,7 @@ COMMANDS = {
     "sweep": "bench.sweep",
     "all": "bench.all",
     "report": "bench.report",
+    "decode": "bench.decode",
     "compile": "bench.compile",
 }
 

@@ -76,11 +76,11 @@ def _load(model: PreTrainedModel, saved: Mapping[str, Tensor], folder: Path) -> 
         if path.endswith(".router"):
             value = take(name)
         else:
-            count = model.get_submodule(path).experts
+            projection: Any = model.get_submodule(path)
             single, of_expert = f"lora_{kind[-1].upper()}", f"lora{kind[-1].upper()}"
             routed = f"{path}.router.weight" in saved
             parts = (
-                [take(f"{path}.experts.{e}.{of_expert}") for e in range(count)]
+                [take(f"{path}.experts.{e}.{of_expert}") for e in range(projection.experts)]
                 if routed
                 else [take(f"{path}.{single}")]
             )
