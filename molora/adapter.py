@@ -218,6 +218,8 @@ def base_fingerprint(model: nn.Module) -> str | None:
     """Tells base models of one shape apart: a hash over the first elements of each frozen tensor, read as bf16, so
     that it is the same for a base loaded in fp32 and in bf16. None for fp16 and for quantised bases, whose rounding
     loses what it reads."""
+    if (known := getattr(model, "molora_base_fingerprint", None)) is not None:
+        return known  # taken before the base was spread over processes
     if any(p.dtype == torch.float16 or not p.is_floating_point() for p in model.parameters()):
         return None
     adapters = {id(p) for _, p in adapter_tensors(model)}

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molora import adapter, metrics
 from molora.config import Config, load, to_yaml
+from molora.distributed import World, like, whole
 from molora.errors import UserError
 from molora.files import file_sha256
 
@@ -46,7 +47,7 @@ _ASIDE = re.compile(r"\.(final|checkpoint-(?:best|\d+))\.(tmp|old)")
 
 # Keys that a resumed run may change: they alter where it runs and what it writes, not what it computes.
 _MAY_CHANGE = re.compile(
-    r"device|logging\..*|data\.cache|training\.(num_workers|save_steps|save_total_limit|log_steps|max_skipped_steps)"
+    r"device|logging\..*|data\.cache|training\.(parallel|batch_size|grad_accum_steps|num_workers|save_steps|save_total_limit|log_steps|max_skipped_steps)"
 )
 
 _log = logging.getLogger(__name__)
@@ -144,14 +145,15 @@ def save(
 
 
 def training_state(
-    progress: Progress, optimizer: Optimizer, schedule: LambdaLR, device: torch.device
+    progress: Progress, optimizer: Optimizer, schedule: LambdaLR, device: torch.device, world: World
 ) -> dict[str, Any]:
-    """Everything beside the weights that the rest of the run depends on, as tensors and plain data."""
+    """Everything beside the weights that the rest of the run depends on, as tensors and plain data; whole, however it
+    is spread over processes, all of which must call this."""
     return {
         "progress": asdict(progress),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": whole(optimizer.state_dict()),
         "schedule": schedule.state_dict(),
-        "random": _random_state(device),
+        "random": world.gather(_random_state(device)),
     }
 
 
@@ -225,26 +227,37 @@ def check_same_run(folder: Path, config: Config, provenance: dict[str, Any]) -> 
                 "set it back, or start another run in another --output-dir"
             )
     saved = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    rows_before = _rows_per_step(before, saved["processes"])
+    rows_now = _rows_per_step(now, provenance["processes"])
+    if rows_before != rows_now:
+        raise UserError(
+            f"{folder}: a step was of {rows_before} rows (training.batch_size x training.grad_accum_steps x "
+            f"{saved['processes']} processes), now it is of {rows_now}; set batch_size and grad_accum_steps so that it "
+            "is the same, or start another run in another --output-dir"
+        )
     if saved["data"] != provenance["data"]:
         raise UserError(f"{folder}: the data files have changed since; restore them, or start another run")
 
 
-def restore(
-    folder: Path, model: PreTrainedModel, optimizer: Optimizer, schedule: LambdaLR, device: torch.device
-) -> Progress:
-    """Put weights, optimizer, schedule and random state back to where :func:`save` found them.
+def restore(folder: Path, optimizer: Optimizer, schedule: LambdaLR, device: torch.device, world: World) -> Progress:
+    """Put optimizer, schedule and random state back to where :func:`save` found them; the weights are loaded before
+    the model is spread over processes. With another number of processes than then, the random state stays: each
+    process has a fresh one.
 
     Raises :class:`UserError` for a state that molora did not write; code that such a file may hold is not run.
     """
-    adapter.load_weights(model, folder)
     try:
         state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{folder / _STATE}: not a state that molora wrote ({reason}); remove {folder.name}") from error
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for i, moments in state["optimizer"]["state"].items():
+        state["optimizer"]["state"][i] = {name: like(value, parameters[i]) for name, value in moments.items()}
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
-    _set_random_state(state["random"], device)
+    if len(state["random"]) == world.size:
+        _set_random_state(state["random"][world.rank], device)
     return Progress(**state["progress"])
 
 
@@ -279,6 +292,10 @@ def _damaged(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         return str(error)
     return None if lines else f"{_SUMS} is empty"
+
+
+def _rows_per_step(flat: dict[str, Any], processes: int) -> int:
+    return flat["training.batch_size"] * flat["training.grad_accum_steps"] * processes
 
 
 def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:

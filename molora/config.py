@@ -159,6 +159,9 @@ class Training(Section):
     """Rows per micro-batch."""
     grad_accum_steps: Positive = 1
     """Micro-batches per optimizer step; gradients are weighted by tokens."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How the processes that ``torchrun`` starts share the work. ``ddp``: each holds the whole model. ``fsdp``: base,
+    adapters and optimizer are spread over them. ``batch_size`` and ``grad_accum_steps`` are those of one process."""
     max_grad_norm: NonNegative = 1.0
     """Gradient clipping threshold; 0 turns clipping off."""
     max_skipped_steps: Positive = 5

@@ -310,18 +310,23 @@ def _positions(examples: Sequence[Example], length: int) -> Tensor:
 class RunOrder(Sampler[int]):
     """Rows ``start`` to ``stop`` of an endless run over ``rows`` rows: one permutation after another, one per epoch.
 
-    The position alone says where in the data a run is, so a resumed run needs no other state of the order.
+    The position alone says where in the data a run is, so a resumed run needs no other state of the order. Of several
+    ``processes`` each takes every so-many-th, beginning at its ``rank``: together they take each once.
     """
 
-    def __init__(self, rows: int, seed: int, start: int, stop: int) -> None:
+    def __init__(self, rows: int, seed: int, start: int, stop: int, rank: int = 0, processes: int = 1) -> None:
         self.rows, self.seed, self.start, self.stop = rows, seed, start, stop
+        self.rank, self.processes = rank, processes
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(range(self.start + self.rank, self.stop, self.processes))
 
     def __iter__(self) -> Iterator[int]:
+        return islice(self._all(), self.rank, None, self.processes)
+
+    def _all(self) -> Iterator[int]:
         epoch, offset = divmod(self.start, self.rows)
-        remaining = len(self)
+        remaining = self.stop - self.start
         while remaining > 0:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)[offset : offset + remaining]
             yield from order.tolist()

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from molora.checkpoint import Progress
+from molora.distributed import local
 from molora.layers import LoraLinear
 from molora.metrics import Interval, Measured
 from molora.patch import parameter_groups
@@ -46,10 +47,13 @@ class Findings:
 
 
 class Guard:
-    """Judges one run of ``model``. ``max_skipped`` steps without an update in a row end it."""
+    """Judges one run of ``model``. ``max_skipped`` steps without an update in a row end it. ``add`` adds a tensor over
+    the processes that the parameters are spread over."""
 
-    def __init__(self, model: nn.Module, max_skipped: int) -> None:
-        self.model, self.max_skipped = model, max_skipped
+    def __init__(
+        self, model: nn.Module, max_skipped: int, add: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    ) -> None:
+        self.model, self.max_skipped, self.add = model, max_skipped, add
         self._losses: deque[float] = deque(maxlen=100)
         self._spiking = False
         self._collapsing = _Streaks()
@@ -59,7 +63,7 @@ class Guard:
         """Take note of what is open now, and of its values."""
         members = [member for group in parameter_groups(self.model).values() for member in group]
         self._open = [(name, p) for name, p in members if p.requires_grad]
-        self._start = _fingerprints(p for _, p in self._open)
+        self._start = self._fingerprints()
         self._had_gradient = torch.zeros(len(self._open), dtype=torch.bool)
         self._steps = 0
         self._updating = False  # some step had a learning rate above 0
@@ -130,9 +134,10 @@ class Guard:
         for name, module in self.model.named_modules():
             if isinstance(module, LoraLinear) and module.experts > 1 and module.lora_b.grad is not None:
                 names += [(name, expert) for expert in range(module.experts)]
-                norms.append(module.lora_b.grad.unflatten(1, (module.experts, module.rank)).abs().amax((0, 2)))
-        largest = torch.cat(norms).tolist() if norms else []
-        return [name for name, value in zip(names, largest, strict=True) if value == 0]
+                gradient = local(module.lora_b.grad)
+                norms.append(gradient.unflatten(1, (module.experts, module.rank)).abs().sum((0, 2)))
+        found = self.add(torch.cat(norms)).tolist() if norms else []
+        return [name for name, value in zip(names, found, strict=True) if value == 0]
 
     # --- tensors that do not train --------------------------------------------------------------------------------
 
@@ -152,10 +157,16 @@ class Guard:
         if without := [name for (name, _), had_one in zip(self._open, had, strict=True) if not had_one]:
             yield None, f"trainable, but without a gradient in {self._steps} steps: {_listed(without)}"
         if self._updating:
-            moved = (_fingerprints(p for _, p in self._open) != self._start).tolist()
+            moved = (self._fingerprints() != self._start).tolist()
             still = [name for (name, _), m, had_one in zip(self._open, moved, had, strict=True) if had_one and not m]
             if still:
                 yield None, f"trainable, but not moved in {self._steps} steps: {_listed(still)}"
+
+    def _fingerprints(self) -> torch.Tensor:
+        """(P,) int64: sums of the bits of open fp32 tensors, which any update changes, however small."""
+        values = [local(p.detach()).contiguous().view(torch.int32) for _, p in self._open]
+        sums = [value.sum(dtype=torch.int64) for value in values]
+        return self.add(torch.stack(sums)).cpu() if sums else torch.zeros(0, dtype=torch.int64)
 
 
 class _Streaks:
@@ -174,12 +185,6 @@ def not_finite(model: nn.Module) -> str | None:
     members = [member for group in parameter_groups(model).values() for member in group]
     finite = torch.stack([p.detach().isfinite().all() for _, p in members]).tolist()
     return next((name for (name, _), fine in zip(members, finite, strict=True) if not fine), None)
-
-
-def _fingerprints(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """(P,) int64: sums of the bits of fp32 tensors, which any update changes, however small."""
-    sums = [p.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for p in parameters]
-    return torch.stack(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64)
 
 
 def _what_is_not_finite(measured: Measured, loss: float) -> str:

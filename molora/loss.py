@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -85,7 +86,8 @@ def causal_lm_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
         ).last_hidden_state
     predicting = hidden.flatten(0, 1).index_select(0, batch.predictors)
     targets = batch.labels.flatten().index_select(0, batch.predictors + 1)
-    return frozen_head_cross_entropy(predicting, head.weight, targets), batch.label_tokens
+    weight = head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight
+    return frozen_head_cross_entropy(predicting, weight, targets), batch.label_tokens
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,11 +46,11 @@ class Measured:
     """(routers, E): share of the choices that went to each expert; rows sum to 1."""
     tensors: Sequence[str]
     """P names."""
-    where: Sequence[Sequence[str]]
+    where: list[list[str]]
     """``file:line`` of the rows of each micro-batch."""
     lr: float
-    tokens: int
-    """Tokens that are not padding."""
+    tokens: int | Tensor
+    """Tokens that are not padding, of all processes."""
     domain_counts: Tensor | None = None
     """(D, routers, E), where asked for: tokens of each domain that chose each expert."""
 
@@ -99,7 +100,7 @@ class Interval:
         means = {name: math.fsum(v[name] for v in updates) / len(updates) for name in _COLUMNS[:-1] if updates}
         return means | {
             "lr": self.measured[-1].lr,
-            "tokens_per_second": sum(m.tokens for m in self.measured) / self.seconds,
+            "tokens_per_second": float(sum(m.tokens for m in self.measured)) / self.seconds,
             "seconds_per_step": self.seconds / len(self.measured),
             "data_wait_share": self.waited / self.seconds,
         }
@@ -176,14 +177,15 @@ class Log:
 
     Lines of steps after ``step``, written by the interrupted run but not part of its checkpoint, are taken back
     first, as is a last line that was cut by a crash. Use as a context manager. Raises :class:`UserError` when
-    ``tensorboard`` is asked for and not installed.
+    ``tensorboard`` is asked for and not installed. With ``silent`` it writes nothing.
     """
 
-    def __init__(self, folder: Path, *, step: int, tensorboard: bool = False) -> None:
+    def __init__(self, folder: Path, *, step: int, tensorboard: bool = False, silent: bool = False) -> None:
         path = folder / FILE
-        _keep_up_to(path, step)
-        self._board = _open_tensorboard(folder / "tensorboard", step) if tensorboard else None
-        self._file = path.open("a", encoding="utf-8")
+        if not silent:
+            _keep_up_to(path, step)
+        self._board = _open_tensorboard(folder / "tensorboard", step) if tensorboard and not silent else None
+        self._file = (Path(os.devnull) if silent else path).open("a", encoding="utf-8")
 
     def __enter__(self) -> Log:
         return self

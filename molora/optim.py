@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from molora.config import Training
+from molora.distributed import local
 from molora.patch import parameter_groups
 
 
@@ -52,20 +53,27 @@ class Update(NamedTuple):
 
 
 def update(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], loss: Tensor, max_grad_norm: float
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    loss: Tensor,
+    max_grad_norm: float,
+    add: Callable[[Tensor], Tensor] | None = None,
 ) -> Update:
     """Clip the gradient of ``parameters`` and step, unless ``loss`` or the gradient is not finite.
 
     The device decides and the host does not wait for it: a skipped step leaves weights, moments and step counts as
-    they were. ``max_grad_norm = 0`` does not clip. Gradients stay, for whoever looks at them.
+    they were. ``max_grad_norm = 0`` does not clip. Gradients stay, for whoever looks at them. Of
+    parameters that are spread over processes each has a part; ``add`` adds a tensor over all of them.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     found = iter(torch._foreach_norm(gradients) if gradients else ())
     tensor_norms = torch.stack([loss.new_zeros(()) if p.grad is None else next(found) for p in parameters])
+    if add is not None:
+        tensor_norms = add(tensor_norms.square()).sqrt()
     grad_norm = torch.linalg.vector_norm(tensor_norms)
     skipped = ~(grad_norm.isfinite() & loss.isfinite())
     if max_grad_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+        torch._foreach_mul_(gradients, (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
     optimizer.found_inf = skipped.float()  # type: ignore[attr-defined] # how torch.amp.GradScaler tells AdamW, too
     optimizer.step()
     return Update(grad_norm, tensor_norms, skipped)

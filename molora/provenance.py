@@ -18,7 +18,7 @@ from molora.files import file_sha256
 _PACKAGES = ("molora", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 
 
-def collect(config: Config) -> dict[str, Any]:
+def collect(config: Config, processes: int = 1) -> dict[str, Any]:
     """Plain data that says what ran on which data files (SHA-256 by path); what cannot be found out is None."""
     paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path or []
     return {
@@ -30,6 +30,7 @@ def collect(config: Config) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cpus": os.cpu_count(),
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,

@@ -13,7 +13,7 @@ Shape letters: R routers of the model, E experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -81,6 +81,8 @@ class RouterLosses(NamedTuple):
     """() fp32: both with their coefficients, as they add to the training loss."""
     load: Tensor
     """(R, E) fp32: share of the choices that went to each expert; rows sum to 1."""
+    tokens: Tensor
+    """() fp32: valid tokens that these were formed over."""
 
 
 def ledger_of(model: nn.Module) -> Ledger:
@@ -159,8 +161,16 @@ def observing(model: nn.Module) -> Iterator[list[Record]]:
         ledger.current = previous
 
 
+def _here(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def combine(
-    model: nn.Module, records: Sequence[Record], moe: MoE | None = None, total_tokens: Tensor | float | None = None
+    model: nn.Module,
+    records: Sequence[Record],
+    moe: MoE | None = None,
+    total_tokens: Tensor | float | None = None,
+    add: Callable[[Tensor], Tensor] = _here,
 ) -> RouterLosses:
     """Form the router losses over ``records`` and set ``gradient`` on each of them.
 
@@ -172,15 +182,20 @@ def combine(
         moe: the losses' coefficients; default: those that the model was injected with.
         total_tokens: valid tokens of the whole optimizer step if that is more than these records, so that
             contributions of single micro-batches add up token-weighted; default: the records' own.
+        add: adds a tensor over all processes that share the step; their gradients are then to be added too.
     """
     ledger = ledger_of(model)
-    tokens = torch.stack([r.tokens for r in records]).sum().clamp(min=1)
+    routers = len(ledger.names)
+    tokens = torch.stack([r.tokens for r in records]).sum()
     sums = torch.stack([r.sums for r in records]).sum(0)
     counts = torch.stack([r.counts for r in records]).sum(0)
-    routers = len(ledger.names)
+    everywhere = add(torch.cat([tokens.view(1), sums.flatten(), counts.flatten()]))  # one message for all of them
+    tokens = everywhere[0].clamp(min=1)
+    sums = everywhere[1 : 1 + sums.numel()].view(sums.shape)
+    counts = everywhere[1 + sums.numel() :].view(counts.shape)
     if not routers:
         zero = tokens.new_zeros(())
-        return RouterLosses(zero, zero, zero, counts)
+        return RouterLosses(zero, zero, zero, counts, tokens)
 
     fraction = counts / tokens  # f_e, sums to k
     balance_of = ledger.experts / ledger.top_k * fraction  # d load balance / d P_e
@@ -195,18 +210,24 @@ def combine(
     for r in records:
         r.gradient.copy_(gradient)
     total = (z_coef * z_loss + balance_coef * load_balance) * (tokens / share)
-    return RouterLosses(z_loss, load_balance, total, fraction / ledger.top_k)
+    return RouterLosses(z_loss, load_balance, total, fraction / ledger.top_k, tokens)
 
 
 @torch.no_grad()
-def step_bias(model: nn.Module, records: Sequence[Record], moe: MoE, skipped: Tensor | None = None) -> None:
+def step_bias(
+    model: nn.Module,
+    records: Sequence[Record],
+    moe: MoE,
+    skipped: Tensor | None = None,
+    add: Callable[[Tensor], Tensor] = _here,
+) -> None:
     """Loss-free balancing (arXiv 2408.15664, algorithm 1): after an optimizer step, raise the selection bias of the
     experts that got less than the mean load and lower that of the others, by ``bias_update_speed``. Does nothing for
     the other kinds of load balance, for a router that is frozen (who freezes it means that its choices stay), nor
-    where ``skipped`` () bool says that the step changed nothing."""
+    where ``skipped`` () bool says that the step changed nothing. ``add`` as for :func:`combine`."""
     if moe.load_balance.type != "aux_loss_free":
         return
-    counts = torch.stack([r.counts for r in records]).sum(0)
+    counts = add(torch.stack([r.counts for r in records]).sum(0))
     direction = (counts.mean(-1, keepdim=True) - counts).sign()
     if skipped is not None:
         direction = direction.masked_fill(skipped, 0.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from molora import checkpoint, cli, preflight
+from molora import checkpoint, cli, distributed, preflight
 from molora.adapter import is_adapter, pick_device, read_manifest
 from molora.config import Config, find_preset, load, resolve, to_yaml
 from molora.data import Row, hold_out, read_rows
@@ -26,6 +26,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.metrics_level:
         overrides.append(f"logging.metrics_level={options.metrics_level}")
     config = resolve(load(options.preset, overrides))
+    with distributed.joined() as world:
+        run(config, options, world)
+
+
+def run(config: Config, options: argparse.Namespace, world: distributed.World) -> None:
+    """What the options ask for, with the processes of ``world``."""
     name = find_preset(options.preset).stem
     if not options.output_dir and not name.strip("."):
         raise UserError(f"{options.preset}: gives no name for a folder in outputs/; give --output-dir")
@@ -39,14 +45,16 @@ def main(arguments: list[str] | None = None) -> None:
     if options.memory_gb and not options.preflight:
         raise UserError("--memory-gb says what --preflight plans for; give both")
     if options.preflight:
+        if world.size > 1:
+            raise UserError("--preflight looks at one device: run it without torchrun")
         preflight.report(config, output, check_inputs(config, output, resume=True), options.memory_gb)
         return
-    rows = check_inputs(config, output, resume=options.resume, overwrite=options.overwrite)
+    rows = world.together(lambda: check_inputs(config, output, resume=options.resume, overwrite=options.overwrite))
     if options.validate_only:
         print(f"{options.preset}: valid, {len(rows)} rows, {config.training.max_train_steps} optimizer steps")
         return
     try:
-        Trainer(config, output, rows, resume=options.resume).train()
+        Trainer(config, output, rows, resume=options.resume, world=world).train()
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU's memory is full ({error}); set model.gradient_checkpointing=non_reentrant, lower "

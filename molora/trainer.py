@@ -18,10 +18,24 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import molora_kernels
-from molora import adapter, chat, checkpoint, data, guard, metrics, optim, packing, phases, provenance, routing
+from molora import (
+    adapter,
+    chat,
+    checkpoint,
+    data,
+    distributed,
+    guard,
+    metrics,
+    optim,
+    packing,
+    phases,
+    provenance,
+    routing,
+)
 from molora.checkpoint import Progress
 from molora.config import Config
 from molora.data import Batch, Row
+from molora.distributed import World
 from molora.errors import UserError
 from molora.loss import causal_lm_loss
 from molora.patch import compile_layers, parameter_groups
@@ -35,10 +49,13 @@ class Trainer:
     an earlier run left there. Raises :class:`~molora.errors.UserError` for a model, checkpoint or rows that do not fit.
     """
 
-    def __init__(self, config: Config, output: Path, rows: Sequence[Row], *, resume: bool = False) -> None:
+    def __init__(
+        self, config: Config, output: Path, rows: Sequence[Row], *, resume: bool = False, world: World | None = None
+    ) -> None:
         self.config, self.output = config, output
-        self.provenance = provenance.collect(config)
-        start = checkpoint.newest(output) if resume else None
+        self.world = world = world or World()
+        self.provenance = provenance.collect(config, world.size)
+        start = world.from_first(lambda: checkpoint.newest(output)) if resume else None
         if start is not None:
             checkpoint.check_same_run(start, config, self.provenance)
 
@@ -46,6 +63,9 @@ class Trainer:
         molora_kernels.use_backend(config.kernels.backend)
         molora_kernels.use_form(config.kernels.form)
         self.model, self.tokenizer = adapter.build(config)
+        if start is not None:
+            adapter.load_weights(self.model, start)
+        self._share_model()
         checkpoint_activations(self.model, config.model.gradient_checkpointing)
         if config.model.compile:
             compile_layers(self.model)
@@ -60,7 +80,7 @@ class Trainer:
         self.held_out = self._encode(val_rows) if val_rows else None
         self.domains = metrics.Domains(span for example in self.examples.rows for span in data.spans(example))
         self.optimizer, self.schedule = optim.build(self.model, config.training)
-        self.guard = guard.Guard(self.model, config.training.max_skipped_steps)
+        self.guard = guard.Guard(self.model, config.training.max_skipped_steps, self._add_spread or _here)
         # Where nothing waits for a device, a skipped step is reported without waiting for the next reading.
         self.tells_at_once = self.model.device.type == "cpu"
         self.phase: int | None = None
@@ -68,12 +88,38 @@ class Trainer:
         self.progress = Progress()
         if start is not None:
             device = self.model.device
-            self.progress = checkpoint.restore(start, self.model, self.optimizer, self.schedule, device)
+            self.progress = checkpoint.restore(start, self.optimizer, self.schedule, device, world)
         self.start, self.resume = start, resume
+
+    def _share_model(self) -> None:
+        """Spread the model over the processes, if it is to be, and give each its own dropout."""
+        world, config = self.world, self.config
+        self._add_spread = None
+        if world.size == 1:
+            return
+        device = self.model.device
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        world.require_same(
+            "versions, device or data",
+            [self.provenance["packages"], device.type, capability, self.provenance["data"], config.model_dump()],
+        )  # so that all pick the same kernels and tiles
+        if config.training.parallel == "fsdp":
+            if config.model.compile:
+                raise UserError("model.compile and training.parallel: fsdp do not go together; use ddp, or no compile")
+            if config.model.load_precision.mode in ("int8", "int4"):
+                raise UserError(
+                    "training.parallel: fsdp spreads bases of 16 or 32 bits only; use ddp for int8 and int4"
+                )
+            self.model.molora_base_fingerprint = adapter.base_fingerprint(self.model)  # type: ignore[assignment]
+            distributed.shard(self.model, world)
+            self._add_spread = world.sum
+        if world.rank:
+            seed_everything(int(np.random.SeedSequence([config.seed, world.rank]).generate_state(1)[0]))
 
     def _encode(self, rows: Sequence[Row]) -> data.Examples:
         settings = self.config.data
-        return data.encode_rows(self.tokenizer, rows, settings.max_length, cache=settings.cache)
+        with self.world.first_on_each_machine():
+            return data.encode_rows(self.tokenizer, rows, settings.max_length, cache=settings.cache)
 
     def train(self) -> None:
         """Train to ``max_train_steps`` and write ``final``.
@@ -82,14 +128,20 @@ class Trainer:
         not finite, and for a full disk.
         """
         training, progress, meter = self.config.training, self.progress, metrics.Meter()
-        if not self.resume:
+        first = self.world.first
+        if first and not self.resume:
             checkpoint.clear(self.output)
-        checkpoint.describe(self.output, self.config, self.provenance)
+        if first:
+            checkpoint.describe(self.output, self.config, self.provenance)
         self._announce()
         self.model.train()
         with (
-            metrics.Log(self.output, step=progress.step, tensorboard=self.config.logging.tensorboard) as log,
-            tqdm(total=training.max_train_steps, initial=progress.step, unit="step", disable=None) as bar,
+            metrics.Log(
+                self.output, step=progress.step, tensorboard=self.config.logging.tensorboard, silent=not first
+            ) as log,
+            tqdm(
+                total=training.max_train_steps, initial=progress.step, unit="step", disable=None if first else True
+            ) as bar,
         ):
             for window in meter.timing(self.windows()):
                 self.enter_phase()
@@ -106,7 +158,8 @@ class Trainer:
                     log.write(progress.step, val_loss=self.evaluate())
                 if saving:
                     self.save(f"checkpoint-{progress.step}", resumable=True)
-                    checkpoint.prune(self.output, training.save_total_limit)
+                    if first:
+                        checkpoint.prune(self.output, training.save_total_limit)
                 if evaluating or saving:
                     meter.restart_clock()
         self.save(checkpoint.FINAL)
@@ -122,18 +175,18 @@ class Trainer:
         moe = self.config.moe
         self.optimizer.zero_grad(set_to_none=True)
         window = [batch.to(self.model.device) for batch in window]
-        tokens = sum(batch.tokens for batch in window)
-        label_tokens = sum(batch.label_tokens for batch in window)
+        mine = [sum(batch.tokens for batch in window), sum(batch.label_tokens for batch in window)]
+        tokens, label_tokens = self.world.sum(torch.tensor(mine, dtype=torch.float64, device=self.model.device))
         scopes = [window] if moe.load_balance.scope == "step" else [[batch] for batch in window]
         losses: list[Tensor] = []
-        router_losses: list[tuple[float, routing.RouterLosses]] = []
+        router_losses: list[tuple[Tensor, routing.RouterLosses]] = []
         records: list[routing.Record] = []
         domain_counts: list[Tensor] = []
         for scope in scopes:
             forwards = [self._forward(batch, label_tokens) for batch in scope]
-            share = sum(batch.tokens for batch in scope) / tokens
-            combined = routing.combine(self.model, [record for record, _ in forwards], moe, total_tokens=tokens)
-            router_losses.append((share, combined))
+            scope_records = [record for record, _ in forwards]
+            combined = routing.combine(self.model, scope_records, moe, total_tokens=tokens, add=self.world.sum)
+            router_losses.append((combined.tokens / tokens, combined))
             for batch, (record, loss) in zip(scope, forwards, strict=True):
                 with routing.using(self.model, record):
                     loss.backward()
@@ -143,16 +196,17 @@ class Trainer:
                     domain_counts.append(record.counts_by(self.domains.of_tokens(batch), len(self.domains.names)))
 
         lr = float(self.schedule.get_last_lr()[0])
-        update = self._update(torch.stack(losses))
-        routing.step_bias(self.model, records, moe, update.skipped)
+        batch_losses = self.world.stack(torch.stack(losses))
+        update = self._update(batch_losses)
+        routing.step_bias(self.model, records, moe, update.skipped, add=self.world.sum)
         self.progress.step += 1
-        self.progress.rows += sum(len(batch.input_ids) for batch in window)
+        self.progress.rows += sum(len(batch.input_ids) for batch in window) * self.world.size
         return metrics.Measured(
-            batch_losses=torch.stack(losses),
+            batch_losses=batch_losses,
             z_loss=torch.stack([share * losses.z_loss for share, losses in router_losses]).sum(),
             load_balance=torch.stack([share * losses.load_balance for share, losses in router_losses]).sum(),
             load=torch.stack([share * losses.load for share, losses in router_losses]).sum(dim=0),
-            domain_counts=torch.stack(domain_counts).sum(0) if domain_counts else None,
+            domain_counts=self.world.sum(torch.stack(domain_counts).sum(0)) if domain_counts else None,
             **update._asdict(),
             tensors=[name for name, _ in self.open],
             where=[batch.where for batch in window],
@@ -160,7 +214,7 @@ class Trainer:
             tokens=tokens,
         )
 
-    def _forward(self, batch: Batch, label_tokens: int) -> tuple[routing.Record, Tensor]:
+    def _forward(self, batch: Batch, label_tokens: Tensor) -> tuple[routing.Record, Tensor]:
         """What the routers did, and the batch's share of a window's mean loss over ``label_tokens``."""
         per_domain = self.config.logging.metrics_level == "advanced" and bool(routing.names(self.model))
         record = routing.record(self.model, batch.attention_mask, per_token=per_domain)
@@ -170,7 +224,10 @@ class Trainer:
 
     def _update(self, losses: Tensor) -> optim.Update:
         parameters = [parameter for _, parameter in self.open]
-        update = optim.update(self.optimizer, parameters, losses.sum(), self.config.training.max_grad_norm)
+        if self._add_spread is None:
+            self.world.sum_gradients(parameters)
+        limit = self.config.training.max_grad_norm
+        update = optim.update(self.optimizer, parameters, losses.sum(), limit, self._add_spread)
         self.schedule.step()
         return update
 
@@ -179,15 +236,20 @@ class Trainer:
         """Mean loss per label token over the held-out rows; a new lowest one is saved as ``checkpoint-best``."""
         assert self.held_out is not None
         self.model.eval()
-        total, count = torch.zeros((), device=self.model.device), 0
-        for batch in data.batches(self.held_out, self.collate, batch_size=self.config.training.batch_size):
-            batch = batch.to(self.model.device)
-            with routing.using(self.model, routing.record(self.model, batch.attention_mask)):
-                loss, label_tokens = causal_lm_loss(self.model, batch)
-            total += loss
-            count += label_tokens
+        world, total = self.world, torch.zeros(2, dtype=torch.float64, device=self.model.device)
+        batches = data.batches(self.held_out, self.collate, batch_size=self.config.training.batch_size)
+        for i, batch in enumerate(batches):
+            # Where layers are gathered to be computed, all processes must compute as often; some of it counts for none.
+            mine = i % world.size == world.rank
+            if mine or self._add_spread is not None:
+                batch = batch.to(self.model.device)
+                with routing.using(self.model, routing.record(self.model, batch.attention_mask)):
+                    loss, label_tokens = causal_lm_loss(self.model, batch)
+                if mine:
+                    total += torch.stack([loss.double(), loss.new_tensor(label_tokens).double()])
         self.model.train()
-        mean = total.item() / count
+        loss_sum, count = world.sum(total).tolist()
+        mean = loss_sum / count
         if self.progress.best_loss is None or mean < self.progress.best_loss:
             self.progress.best_loss = mean
             self.save(checkpoint.BEST)
@@ -200,7 +262,12 @@ class Trainer:
             len(self.examples),
             self.config.seed,
             start=self.progress.rows,
-            stop=(steps or training.max_train_steps) * training.grad_accum_steps * training.batch_size,
+            stop=(steps or training.max_train_steps)
+            * training.grad_accum_steps
+            * training.batch_size
+            * self.world.size,
+            rank=self.world.rank,
+            processes=self.world.size,
         )
         loader = data.batches(
             self.examples,
@@ -232,18 +299,23 @@ class Trainer:
 
         Raises :class:`~molora.errors.UserError` rather than writing weights that are not finite.
         """
-        if broken := guard.not_finite(self.model):
-            raise UserError(
-                f"{broken} is not finite at step {self.progress.step}: {name} is not written, older checkpoints are "
-                "whole; lower training.lr and train again"
-            )
-        state = None
+        state, device = None, self.model.device
         if resumable:
-            state = checkpoint.training_state(self.progress, self.optimizer, self.schedule, self.model.device)
-        checkpoint.save(self.output / name, self.model, self.tokenizer, self.config, self.provenance, state)
+            state = checkpoint.training_state(self.progress, self.optimizer, self.schedule, device, self.world)
+        with distributed.gathered(self.model):
+            if broken := guard.not_finite(self.model):
+                raise UserError(
+                    f"{broken} is not finite at step {self.progress.step}: {name} is not written, older checkpoints "
+                    "are whole; lower training.lr and train again"
+                )
+            if self.world.first:
+                checkpoint.save(self.output / name, self.model, self.tokenizer, self.config, self.provenance, state)
 
     def _log_step(self, log: metrics.Log, bar: tqdm, interval: metrics.Interval) -> None:
         step, steps = self.progress.step, self.config.training.max_train_steps
+        for measured, values in zip(interval.measured, interval.columns, strict=True):
+            if values["skipped"]:  # on all processes alike; the rows may be another's
+                measured.where[:] = [rows for where in self.world.gather(measured.where) for rows in where]
         findings = self.guard.judge(interval, self.progress)
         values = interval.values()
         routed: dict[str, object] = {}
@@ -281,6 +353,10 @@ class Trainer:
         held_out = f" | {len(self.held_out)} held out" if self.held_out else ""
         goes_on = f" | goes on from {self.start.name}" if self.start else ""
         print(f"{self.output} | {rows}{held_out}{goes_on}", flush=True)
+
+
+def _here(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def seed_everything(seed: int) -> None:

@@ -1,0 +1,220 @@
+"""Several processes, one run: started by torchrun, on PyTorch's own collectives.
+
+The processes of a step see other rows and do the same work: sums that decide something (tokens, router sums, gradients)
+are added over all of them, so that the step is that of one process with all the rows. ``ddp`` keeps the model whole on
+every device; ``fsdp`` spreads base and adapters over all of them (FSDP2) and gathers a layer when it is computed. Why
+``ddp`` is an addition of gradients and not PyTorch's wrapper: ``docs/adr/0009-processes.md``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from molora.errors import UserError
+from molora.families import family_of
+from molora.patch import parameter_groups
+
+Value = TypeVar("Value")
+BUCKET_ELEMENTS = 2**24
+"""Gradients are added in buckets of 64 MB, so that the copy that this needs stays small."""
+_LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|Socket", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run; by default this one alone, for which every method does nothing or returns its input."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Position on this machine."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """``tensor``, in place, added over all processes; its bits are the same on each."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add the gradients of ``parameters`` over all processes, a bucket at a time."""
+        if self.size == 1:
+            return
+        bucket: list[Tensor] = []
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for i, gradient in enumerate(gradients):
+            bucket.append(gradient)
+            if i + 1 == len(gradients) or sum(g.numel() for g in bucket) >= BUCKET_ELEMENTS:
+                flat = self.sum(torch.cat([g.flatten() for g in bucket]))
+                torch._foreach_copy_([g.view(-1) for g in bucket], list(flat.split([g.numel() for g in bucket])))
+                bucket = []
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """(size * n,): the (n,) tensors of all processes, in their order."""
+        if self.size == 1:
+            return tensor
+        all_of_them = tensor.new_empty(self.size * len(tensor))
+        dist.all_gather_into_tensor(all_of_them, tensor)
+        return all_of_them
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all processes, in their order; for plain data, rarely."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, work: Callable[[], Value]) -> Value:
+        """What ``work`` returns in the first process, which alone does it."""
+        values: list[Any] = [work() if self.first else None]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def together(self, check: Callable[[], Value]) -> Value:
+        """What ``check`` returns; an error of any process becomes everyone's, told once. No collectives within."""
+        value, error = None, None
+        try:
+            value = check()
+        except UserError as caught:
+            error = str(caught)
+        found = {message: rank for rank, message in reversed(list(enumerate(self.gather(error)))) if message}
+        if found and self.first:
+            raise UserError("; ".join(f"rank {rank}: {text}" if rank else text for text, rank in found.items()))
+        if found:
+            raise SystemExit(2)
+        return value  # type: ignore[return-value] # no error, so it was set
+
+    def require_same(self, what: str, value: Any) -> None:
+        """Raise :class:`UserError` where the processes differ in something that all must have alike."""
+        values = self.gather(value)
+        if other := next((rank for rank, given in enumerate(values) if given != values[0]), None):
+            raise UserError(f"the processes differ in {what}: {values[0]} on rank 0, {values[other]} on rank {other}")
+
+    @contextmanager
+    def first_on_each_machine(self) -> Iterator[None]:
+        """The block runs in one process of each machine first, so that the others find what it left in a cache."""
+        if self.size > 1 and self.local_rank:
+            dist.barrier()
+        yield
+        if self.size > 1 and not self.local_rank:
+            dist.barrier()
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The processes that torchrun started, or this one alone.
+
+    Only the first prints to standard output. Where another process is lost, the ones that are left end with a
+    :class:`UserError` that says how to go on.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield World()
+        return
+    world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    signal.signal(signal.SIGTERM, _stopped)
+    with contextlib.ExitStack() as stack:
+        if not world.first:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            transformers_logging.disable_progress_bar()
+        try:
+            yield world
+        except UserError as error:
+            raise UserError(str(error) if world.first else f"rank {world.rank}: {error}") from error
+        except (dist.DistError, RuntimeError) as error:
+            if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
+                raise
+            raise UserError(
+                f"rank {world.rank}: another process of this run is gone; the checkpoints are whole, start all "
+                "processes again with --resume"
+            ) from error
+    dist.destroy_process_group()
+
+
+def _stopped(*_: object) -> None:
+    raise UserError("stopped, because another process failed or was killed; start again with --resume")
+
+
+# --- sharding ----------------------------------------------------------------------------------------------------
+
+
+def shard(model: PreTrainedModel, world: World) -> None:
+    """Spread base and adapters of a patched model over all processes, in place: each decoder layer, the embedding and
+    the head are gathered when they are needed. Gradients are added, not averaged: losses are shares of one mean."""
+    device = model.device
+    mesh = init_device_mesh(device.type, (world.size,))
+    layers: Any = model.get_submodule(family_of(model).layers)
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    for module in (*layers, embedding, *(() if tied else (head,)), model.base_model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    if tied:
+        head.weight = embedding.weight
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of ``tensor`` that is here; of one that is not spread, all."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tree: Any) -> Any:
+    """``tree`` with every tensor that is spread gathered on the CPU. All processes must call it."""
+    return tree_map(lambda leaf: leaf.full_tensor().cpu() if isinstance(leaf, DTensor) else leaf, tree)
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """``tensor``, whole in every process, spread as ``parameter`` is; a scalar stays as it is."""
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    tensor = tensor.to(parameter.device)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """The adapters of ``model`` whole within the block, to be looked at and saved. All processes must enter it."""
+    names = [name for members in parameter_groups(model).values() for name, _ in members]
+    spread: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        parameter = module._parameters[attribute]
+        if isinstance(parameter, DTensor):
+            spread.append((module, attribute, parameter))  # type: ignore[arg-type] # a Parameter and a DTensor
+            full = nn.Parameter(parameter.full_tensor().detach().cpu(), requires_grad=parameter.requires_grad)
+            module._parameters[attribute] = full
+    try:
+        yield
+    finally:
+        for module, attribute, parameter in spread:
+            module._parameters[attribute] = parameter
