@@ -46,6 +46,7 @@ setup(
             "math-verify>=0.8",
             "matplotlib>=3.8",
         ],
+        "eval": ["lm-eval[hf]>=0.4.9", "math-verify>=0.8"],
         "data": ["datasets>=4", "math-verify>=0.8", "matplotlib>=3.8"],
         "quantize": ["bitsandbytes>=0.46"],
         # What benchmarks compare with. moe-peft 2.0.2 runs too, but pins an old torch: pip install --no-deps.

@@ -18,7 +18,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from molora import chat, cli, provenance, routing
+from molora import chat, cli, harness, provenance, routing
 from molora.adapter import describe_base, is_adapter, load, pick_device, pick_dtype, read_manifest
 from molora.answers import check_gold, is_correct
 from molora.config import Config, LoadPrecision
@@ -100,12 +100,15 @@ def evaluate_kept(
         "settings": settings,
         "measurement": MEASUREMENT,
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    journal = Journal(key, folder / f"{bench.stem}-{digest}.jsonl")
+    journal = Journal(key, folder / f"{bench.stem}-{_digest(key)}.jsonl")
     if not journal.finished(len(rows)):
         evaluate(opened.model, opened.tokenizer, rows, title=title, journal=journal, **settings)
         journal.finish(len(rows))
     return _result(rows, journal)
+
+
+def _digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def evaluate(
@@ -308,14 +311,24 @@ def main(arguments: list[str] | None = None) -> None:
     add_options(parser)
     parser.add_argument("--baseline", metavar="MODEL", help="differences are against this one (default: the first)")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="results, and every row's prediction")
+    parser.add_argument(
+        "--lm-eval", metavar="TASK,…", help="tasks of EleutherAI's lm-eval, instead of --bench or beside it"
+    )
+    parser.add_argument("--lm-eval-path", type=Path, metavar="DIR", help="folder with YAML tasks of your own")
+    parser.add_argument("--lm-eval-chat", action="store_true", help="ask in the model's chat template")
     options = parser.parse_args(arguments)
     baseline = options.baseline or (options.model or [""])[0]
     if options.model and baseline not in options.model:
         raise UserError(f"--baseline {baseline}: is none of the models; write it as one --model is written")
-    results = measured(options)
-    Console().print(comparison(results, baseline, "held-out rows"))
+    console, results, tasks = Console(), {}, {}
+    if options.bench or not options.lm_eval:
+        results = measured(options)
+        console.print(comparison(results, baseline, "held-out rows"))
+    if options.lm_eval:
+        tasks = _harness(options)
+        console.print(harness.table(tasks))
     if options.output:
-        _write(options, baseline, results)
+        _write(options, baseline, results, tasks)
         print(f"written: {options.output}")
 
 
@@ -378,7 +391,28 @@ def _resolve(name: str, names: Sequence[str]) -> str:
     return str(read_manifest(adapters[0])["base_model"])
 
 
-def _write(options: argparse.Namespace, baseline: str, results: Results) -> None:
+def _harness(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
+    """model -> task -> the harness's values."""
+    if not options.model:
+        raise UserError("--model is missing: what is to be measured?")
+    tasks = [task.strip() for task in options.lm_eval.split(",") if task.strip()]
+    results = {}
+    for name in options.model:
+        opened = Opened(_resolve(name, options.model), options.device)
+        results[name] = harness.run(
+            opened.model,
+            opened.tokenizer,
+            tasks,
+            path=options.lm_eval_path,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            chat=options.lm_eval_chat,
+            answers=options.kept / f"lm-eval-{_digest(fingerprint(opened.name))}",
+        )
+    return results
+
+
+def _write(options: argparse.Namespace, baseline: str, results: Results, tasks: Mapping[str, Any]) -> None:
     entries = []
     for model, benches in results.items():
         for bench, result in benches.items():
@@ -386,13 +420,15 @@ def _write(options: argparse.Namespace, baseline: str, results: Results) -> None
             if model != baseline:
                 entry["difference"] = differences([results[baseline][bench]], [result])
             entries.append(entry)
-    tree = {
+    tree: dict[str, Any] = {
         "provenance": provenance.collect(Config(data=DataConfig(path=options.bench))),
         "settings": {name: getattr(options, name) for name in ("max_new_tokens", "batch_size", "limit")},
         "baseline": baseline,
         "method": METHOD,
         "results": entries,
     }
+    if tasks:
+        tree["lm_eval"] = {"version": harness.version(), "tasks": options.lm_eval, "results": tasks}
     write_text(options.output, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
 
 

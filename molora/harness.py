@@ -1,0 +1,106 @@
+"""Tasks of EleutherAI's lm-evaluation-harness on a molora model: ``pip install 'molora[eval]'``.
+
+The harness gets the patched model itself, so its numbers are those of the model that ``molora.load`` gives. Its answers
+to requests are kept by the request's own text: a killed run goes on, and changed data are asked anew. A task's YAML may
+name Python functions, which the harness runs: give ``--lm-eval-path`` only folders that you trust.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from molora.errors import UserError
+
+
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    path: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    chat: bool = False,
+    answers: Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The harness's own results, task -> metric -> value, with standard errors as ``<metric>_stderr``.
+
+    Args:
+        tasks: names of tasks, groups or tags, those of the harness or of the YAML files in ``path``.
+        limit: only the first so many documents of each task.
+        chat: put requests into the model's chat template.
+        answers: beginning of the name of the file that keeps this model's answers, by request.
+
+    Raises:
+        UserError: the package is missing, a task is unknown, or its data cannot be had.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(f"--lm-eval needs the package lm-eval ({error}): pip install 'molora[eval]'") from None
+    if path is not None and not path.is_dir():
+        raise UserError(f"--lm-eval-path {path}: no such folder; give one with the tasks' YAML files")
+    # Its own tasks are thousands of files to index, which tasks in --lm-eval-path alone need not wait for.
+    manager = TaskManager(include_path=None if path is None else str(path), include_defaults=path is None)
+    if path is not None and _unknown(manager, tasks):
+        manager = TaskManager(include_path=str(path))
+    if unknown := _unknown(manager, tasks):
+        raise UserError(f"--lm-eval {','.join(unknown)}: no task of lm-eval {version()} nor of --lm-eval-path")
+    if answers is not None:
+        answers.parent.mkdir(parents=True, exist_ok=True)
+    patched = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore[reportArgumentType]
+    try:
+        found = simple_evaluate(
+            patched,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            apply_chat_template=chat,
+            use_cache=None if answers is None else str(answers),
+            log_samples=False,
+        )
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        raise UserError(f"--lm-eval {','.join(tasks)}: {error}") from error
+    assert found is not None  # None is for the other processes of a distributed run
+    return {task: dict(values) for task, values in found["results"].items()}
+
+
+def _unknown(manager: Any, tasks: Sequence[str]) -> list[str]:
+    return [task for task in tasks if not manager.match_tasks([task])]
+
+
+def version() -> str:
+    """Of the harness."""
+    return metadata.version("lm-eval")
+
+
+def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """A row per task and metric, a column per model; ± is the harness's standard error."""
+    made = Table(title=f"lm-eval {version()}", title_justify="left")
+    for heading in ("task", "metric", *results):
+        made.add_column(escape(heading), justify="left" if heading in ("task", "metric") else "right")
+    first = next(iter(results.values()))
+    for task, values in first.items():
+        metrics = [key for key, value in values.items() if isinstance(value, float) and "_stderr" not in key]
+        for n, metric in enumerate(metrics):
+            cells = [_cell(of.get(task, {}), metric) for of in results.values()]
+            made.add_row(escape(task) if n == 0 else "", escape(metric.removesuffix(",none")), *cells)
+        made.add_section()
+    return made
+
+
+def _cell(values: Mapping[str, Any], metric: str) -> str:
+    if metric not in values:
+        return ""
+    name, _, answer_filter = metric.partition(",")
+    error = values.get(f"{name}_stderr,{answer_filter}")
+    return f"{values[metric]:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")

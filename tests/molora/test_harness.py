@@ -1,0 +1,121 @@
+"""lm-eval's real harness on a molora folder: YAML tasks and data from local files, nothing from a network."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import WORDS, make_rows, write_jsonl
+from molora import evaluate, harness, inject, save_adapter
+from molora.adapter import load
+from molora.errors import UserError
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'molora[eval]'")
+
+CHOICE = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{gold}}}}"
+target_delimiter: "" # the choices begin with a space of their own
+metric_list: [{{metric: acc}}]
+"""
+WRITE = """
+task: local_write
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{response}}}}"
+generation_kwargs: {{until: ["one"], max_gen_toks: 4}}
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+@pytest.fixture
+def setting(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """An adapter that changes what the model says, and a folder of tasks."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    model, _ = load(tiny_model_dir, device="cpu", precision="fp32")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        inject(model, {"num_experts": 4, "top_k": 2, "lora_r": 8, "lora_alpha": 64, "init_b_std": 0.5})
+    adapter = save_adapter(model, tmp_path / "final")
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    rows = [
+        row | {"choices": [f" {word}" for word in WORDS[i : i + 4]], "gold": i % 4}
+        for i, row in enumerate(make_rows(12))
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    (tasks / "choice.yaml").write_text(CHOICE.format(name="local_choice", data=data))
+    (tasks / "write.yaml").write_text(WRITE.format(data=data))
+    return adapter, tasks
+
+
+def picked(folder: Path, rows: list[dict]) -> list[int]:
+    """The likeliest choice of each row by the model's own log-probabilities, one sequence at a time."""
+    model, tokenizer = load(folder, device="cpu")
+    best = []
+    for row in rows:
+        sums = []
+        for choice in row["choices"]:
+            prompt, whole = tokenizer(row["prompt"]).input_ids, tokenizer(row["prompt"] + choice).input_ids
+            with torch.no_grad():
+                log_p = model(torch.tensor([whole])).logits[0].float().log_softmax(-1)
+            sums.append(sum(float(log_p[i - 1, whole[i]]) for i in range(len(prompt), len(whole))))
+        best.append(sums.index(max(sums)))
+    return best
+
+
+def test_harness_measures_the_patched_model(
+    setting: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, tasks = setting
+    output, kept = tmp_path / "result.json", tmp_path / "kept"
+    evaluate.main(
+        [
+            *("--model", "base", "--model", str(adapter), "--device", "cpu", "--output", str(output)),
+            *("--lm-eval", "local_choice,local_write", "--lm-eval-path", str(tasks), "--kept", str(kept)),
+        ]
+    )
+    found = json.loads(output.read_text())["lm_eval"]["results"]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    chosen = {}
+    for name, folder in (
+        ("base", json.loads((adapter / "molora.json").read_text())["base_model"]),
+        (str(adapter), adapter),
+    ):
+        chosen[name] = picked(Path(folder), rows)
+        right = sum(choice == row["gold"] for choice, row in zip(chosen[name], rows, strict=True))
+        assert found[name]["local_choice"]["acc,none"] == pytest.approx(right / len(rows))
+        assert found[name]["local_write"]["exact_match,none"] == 0
+    assert chosen["base"] != chosen[str(adapter)]  # so the harness had the adapter, not the base alone
+    shown = capsys.readouterr().out
+    assert "local_choice" in shown and "exact_match" in shown
+    assert len(list(kept.glob("lm-eval-*.db"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lm-eval", "no_such_task"], "--lm-eval no_such_task: no task"),
+        (["--lm-eval", "local_choice", "--lm-eval-path", "nowhere"], "--lm-eval-path nowhere: no such folder"),
+    ],
+)
+def test_refused(arguments: list[str], message: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate.main(["--model", str(tiny_model_dir), "--device", "cpu", "--kept", str(tmp_path), *arguments])
+
+
+def test_missing_data_is_the_users_to_mend(setting: tuple[Path, Path], tiny_model_dir: Path, tmp_path: Path) -> None:
+    (setting[1] / "gone.yaml").write_text(CHOICE.format(name="gone", data=tmp_path / "gone.jsonl"))
+    model, tokenizer = load(tiny_model_dir, device="cpu")
+    with pytest.raises(UserError, match="--lm-eval gone"):
+        harness.run(model, tokenizer, ["gone"], path=setting[1])
