@@ -131,6 +131,7 @@ def _tree(compared: Comparison, one: Plan, options: argparse.Namespace, pipeline
     return {
         "model": one.model,
         "presets": [os.path.relpath(preset) for preset in (options.preset_1, options.preset_2)],
+        "overrides": [options.set_1, options.set_2],
         "preset_sha256": [file_sha256(options.preset_1), file_sha256(options.preset_2)],
         "seeds": list(compared.seeds),
         "method": METHOD,

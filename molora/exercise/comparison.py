@@ -131,7 +131,7 @@ The recipe trains in two stages. Its exercise asks whether one stage on the mixe
 the control that says whether the mixture of experts is worth having. All three ways start from `{model}` and read
 the same number of tokens:
 
-- **mixture, two stages**: {presets}, as they are.
+- **mixture, two stages**: {presets}.
 - **mixture, one stage**: the first preset on the very rows that the two stages read, each as often, shuffled together,
   so that only order and schedule differ. Steps are whole: the tokens are equal to within half a step.
 - **one LoRA, two stages**: the same rows in the same order with `dense_lora`, of the rank that comes closest to the
@@ -175,7 +175,10 @@ def page(compared: Comparison, made: Mapping[str, Any]) -> str:
     times = [f"{WAYS[name]} {clock(sum(way.seconds) / count)}" for name, way in compared.ways.items()]
     return _PAGE.format(
         model=made["model"],
-        presets=" then ".join(f"`{preset}`" for preset in made["presets"]),
+        presets=" then ".join(
+            f"`{preset}`" + (f" with `{', '.join(sets)}`" if sets else "")
+            for preset, sets in zip(made["presets"], made["overrides"], strict=True)
+        ),
         table="\n".join(f"| {' | '.join(row)} |" for row in table),
         spread=spread,
         method=METHOD,
