@@ -64,6 +64,7 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.molora_adapters = nn.ModuleDict()
+        self.register_load_state_dict_post_hook(_base_is_not_missing)
 
     def forward(self, x: Tensor) -> Tensor:
         active = next((name for name in self.active_adapters if name in self.molora_adapters), None)
@@ -79,6 +80,16 @@ class MoloraLayer(nn.Module, BaseTunerLayer):
                 if isinstance(tensor, nn.Parameter):
                     tensor.requires_grad_(name in names and not inference_mode)
         self._active_adapter = names
+
+
+def _base_is_not_missing(_: nn.Module, incompatible: Any) -> None:
+    """An adapter's file has no base weights, of which PEFT would warn for each of the adapter's layers."""
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not _of_base(key)]
+
+
+def _of_base(name: str) -> bool:
+    """Whether this is the name of a base weight within an adapter's layers."""
+    return "base" in name.partition(".molora_adapters.")[2].split(".")
 
 
 class MoloraModel(BaseTuner):
@@ -162,11 +173,7 @@ class MoloraModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *_: Any, **__: Any
     ) -> dict[str, Tensor]:
         marker = f".molora_adapters.{adapter_name}."
-        return {
-            name: tensor
-            for name, tensor in state_dict.items()
-            if marker in name and "base" not in name.partition(marker)[2].split(".")
-        }
+        return {name: tensor for name, tensor in state_dict.items() if marker in name and not _of_base(name)}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
