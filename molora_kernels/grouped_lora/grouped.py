@@ -423,8 +423,8 @@ def _shrink(
             x_TK, a_RK, dropout_seed if dropout_p else None, s, sets.order, sets.slots, sets.experts, sets.counts,
             T, K, E, r, x_TK.stride(0), s.stride(0), *a_RK.stride(),
             stream, dropout.threshold(dropout_p), dropout.survivor_scale(dropout_p),
-            SLOTS=tiles.slots_of(r, k), BLOCK_T=tile.block_t, BLOCK_R=tiles.block_r(r), BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            SLOTS=tiles.slots_of(r, k, x_TK.dtype), BLOCK_T=tile.block_t, BLOCK_R=tiles.block_r(r, x_TK.dtype),
+            BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
 
@@ -450,7 +450,7 @@ def _expand(
         set_expand_kernel[(triton.cdiv(N, tile.block_n) * sets.counts.shape[0],)](
             s, b_RN, bias, seed if p else None, y_TN, sets.order, sets.slots, sets.experts, sets.counts,
             T, N, E, r, s.stride(0), *b_RN.stride(), stream, dropout.threshold(p), dropout.survivor_scale(p),
-            ADD=add, SLOTS=tiles.slots_of(r, k), BLOCK_T=tile.block_t, BLOCK_R=tiles.block_r(r),
+            ADD=add, SLOTS=tiles.slots_of(r, k, y_TN.dtype), BLOCK_T=tile.block_t, BLOCK_R=tiles.block_r(r, y_TN.dtype),
             BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
@@ -497,7 +497,7 @@ def compile_cases(capability: Capability) -> Iterator[Case]:
         absent: dict[str, Any] = {} if has_dropout else {"p_seed": None}
         sets = dict(p_order=torch.int64, p_slots=torch.int8, p_experts=torch.int32, p_counts=torch.int32)
         scalars = dict(T=8192, K=3072, N=3072, E=E, r=r, stream=0, threshold=5243, keep_scale=1.087)
-        blocks = dict(SLOTS=tiles.slots_of(r, k), BLOCK_R=tiles.block_r(r))
+        blocks = dict(SLOTS=tiles.slots_of(r, k, dtype), BLOCK_R=tiles.block_r(r, dtype))
         # over A (E r, K) or, without dropout, over B's transpose (E r, N)
         for what, strides in (("A", (3072, 1)), ("B", (1, E * r)))[: 1 if has_dropout else 2]:
             tile = tiles.set_shrink_tiles(r, k, dtype, capability)

@@ -92,19 +92,24 @@ def set_rows(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 64
 
 
-def block_r(r: int) -> int:
+def block_r(r: int, dtype: torch.dtype) -> int:
     """Columns of one expert that the grouped form takes at a time."""
-    return min(max(next_power_of_2(r), MIN_DOT), 128)
+    return min(max(next_power_of_2(r), MIN_DOT), _most_columns(dtype))
 
 
-def slots_of(r: int, k: int) -> int:
-    """Experts of a tile's list that the grouped form computes side by side: those of one set, to 128 columns."""
-    return min(next_power_of_2(k), 128 // block_r(r))
+def slots_of(r: int, k: int, dtype: torch.dtype) -> int:
+    """Experts of a tile's list that the grouped form computes side by side: those of one set, if not too wide."""
+    return min(next_power_of_2(k), _most_columns(dtype) // block_r(r, dtype))
+
+
+def _most_columns(dtype: torch.dtype) -> int:
+    """Products of fp32 run on the fp32 units, with operands in registers: 64 columns spill on sm_90."""
+    return 32 if dtype == torch.float32 else 128
 
 
 def set_shrink_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability) -> Tiles:
     """``block_t`` sorted rows, ``block_k`` of the features at a time, ``block_n`` columns of the experts."""
-    columns = slots_of(r, k) * block_r(r)
+    columns = slots_of(r, k, dtype) * block_r(r, dtype)
     warps = 8 if columns > 64 else 4
     if dtype == torch.float32:
         return Tiles(set_rows(dtype), block_k=32, block_n=columns, num_warps=warps, num_stages=2)
@@ -113,7 +118,7 @@ def set_shrink_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability)
 
 def set_expand_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability) -> Tiles:
     """``block_t`` sorted rows, ``block_n`` columns of the output, ``block_k`` columns of the experts at a time."""
-    columns = slots_of(r, k) * block_r(r)
+    columns = slots_of(r, k, dtype) * block_r(r, dtype)
     if dtype == torch.float32:
         return Tiles(set_rows(dtype), block_k=columns, block_n=64, num_warps=4, num_stages=2)
     return Tiles(set_rows(dtype), block_k=columns, block_n=128, num_warps=4, num_stages=2)
@@ -121,7 +126,7 @@ def set_expand_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability)
 
 def expert_weight_tiles(r: int, dtype: torch.dtype, capability: Capability) -> Tiles:
     """``block_t`` tokens of an expert at a time, ``block_k`` features, ``block_n`` columns of the expert."""
-    return weight_tiles(block_r(r), 0, dtype, capability)
+    return weight_tiles(block_r(r, dtype), 0, dtype, capability)
 
 
 def _block_p(P: int, dtype: torch.dtype) -> int:
