@@ -50,7 +50,7 @@ setup(
         "data": ["datasets>=4", "math-verify>=0.8", "matplotlib>=3.8"],
         "quantize": ["bitsandbytes>=0.46"],
         # What benchmarks compare with. moe-peft 2.0.2 runs too, but pins an old torch: pip install --no-deps.
-        "peers": ["peft>=0.17", "eulerforge==0.1.0", "mixlora==0.2.3"],
+        "peers": ["peft>=0.21", "eulerforge==0.1.0", "mixlora==0.2.3"],
         "docs": ["zensical>=0.0.73", "mkdocstrings[python]>=1.0"],
         "peft": ["peft>=0.21"],
         "track": ["tensorboard>=2.16"],

@@ -86,6 +86,18 @@ def test_step_0_is_the_base_and_the_base_comes_back(tiny_model_dir: Path, kind: 
     assert model.get_submodule("model.layers.0.mlp.gate_proj") is linear
 
 
+def test_generation_uses_the_quantised_base(tiny_model_dir: Path) -> None:
+    model = quantised(tiny_model_dir, "nf4")
+    plain = unpacked(model)
+    written = []
+    for each in (model, plain):
+        torch.manual_seed(0)
+        molora.inject(each, SHAPE).eval()
+        written.append(each.generate(IDS, max_new_tokens=5, min_new_tokens=5, do_sample=False))  # type: ignore[operator]
+    assert written[0].shape == (2, 16)
+    assert torch.equal(*written)
+
+
 def test_one_router_a_block_is_refused(tiny_model_dir: Path) -> None:
     with pytest.raises(molora.UserError, match=r"router_scope.*quantised"):
         molora.inject(quantised(tiny_model_dir, "nf4"), {"injection": SHAPE, "moe": {"router_scope": "mlp"}})
