@@ -42,9 +42,9 @@ def run(
         UserError: the package is missing, a task is unknown, or its data cannot be had.
     """
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
+        import lm_eval  # pyright: ignore[reportMissingImports] # an extra
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(f"--lm-eval needs the package lm-eval ({error}): pip install 'molora[eval]'") from None
     if path is not None and not path.is_dir():
@@ -57,7 +57,9 @@ def run(
         raise UserError(f"--lm-eval {','.join(unknown)}: no task of lm-eval {version()} nor of --lm-eval-path")
     if answers is not None:
         answers.parent.mkdir(parents=True, exist_ok=True)
-    patched = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore[reportArgumentType]
+    wrap: Any = HFLM  # both are typed as what their decorators take
+    simple_evaluate: Any = lm_eval.simple_evaluate
+    patched = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
         found = simple_evaluate(
             patched,
