@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA GPU, in under 9 minutes, from a plain checkout: correctness first, then benchmarks, then
 # compute-sanitizer with the time that is left. Builds nothing; needs python3 with torch, triton, pytest, hypothesis and
-# transformers. Nothing is timed when a test fails.
+# transformers, and pydantic for the training step. Nothing is timed when a test fails.
 #
 #   bench/gpu.sh [FOLDER]     results and logs; default: $OUT, else outputs/gpu
 set -uo pipefail

@@ -1,4 +1,5 @@
-"""Where a number came from: no result is written without it."""
+"""Where a number came from: no result is written without it. Not :mod:`molora.provenance`, because kernels are measured
+on machines that have nothing but torch and Triton."""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "eulerforge", "mixlora", 
 
 def provenance() -> dict[str, Any]:
     """Command, commit and versions; ``uncommitted_changes`` concerns tracked files."""
+    changed = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": None if changed is None else bool(changed),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
     }

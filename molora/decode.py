@@ -4,7 +4,8 @@ There the time goes into starting operations and into reading weights. So what :
 call is kept here from token to token: the adapters in the dtype of the base, scaled and beside each other, and the
 routers of one input as one matrix. No sums for router losses, no gradient. The kept copies are made again when a
 parameter has changed (its address or its version: a change in place through ``.data`` has neither), and dropped when
-the layer computes anything but a few tokens.
+the layer computes anything but a few tokens. Nothing is kept while a parameter has a gradient: a fused optimizer, which
+may step at any time then, does not count versions up.
 
 Shape letters: T tokens, G projections of one input, H routers, E experts, r rank of one expert.
 """
@@ -57,9 +58,10 @@ class Kept:
         sources = [t for p in projections for t in (p.lora_a, p.lora_b)]
         sources += [t for r in routers for t in (r.weight, r.bias)]
         made_from = (x.dtype, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources))
-        if made_from != self._made_from:
+        in_training = any(t.grad is not None for t in sources)
+        if in_training or made_from != self._made_from:
             self._make(x.dtype, projections, routers)
-            self._made_from = made_from
+            self._made_from = None if in_training else made_from
         x_TK = x.reshape(-1, x.shape[-1])
         if routers:
             gates = self._route(x_TK, len(routers), top_k)

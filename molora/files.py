@@ -35,7 +35,12 @@ def replacing(target: Path) -> Iterator[Path]:
             yield new
             if target.is_dir():
                 target.rename(old)  # a rename cannot replace a folder that holds something
-            new.replace(target)
+            try:
+                new.replace(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
 

@@ -92,7 +92,7 @@ class Guard:
             what = f"{_what_is_not_finite(measured, loss)}; rows {_rows(measured)}"
             findings.warnings.append((step, f"{what}; the step is skipped ({progress.skipped} so far)"))
             if progress.skipped_in_a_row >= self.max_skipped and not findings.stop:
-                weights = not_finite(self.model)
+                weights = not_finite(self.model, self.add)
                 findings.stop = (
                     f"{self.max_skipped} steps in a row, up to step {step}, changed nothing "
                     f"(training.max_skipped_steps): {weights + ' is not finite; ' if weights else ''}{what}. "
@@ -180,11 +180,12 @@ class _Streaks:
         return [what for what, count in self._count.items() if count == LASTING]
 
 
-def not_finite(model: nn.Module) -> str | None:
-    """The first adapter tensor of ``model`` with an element that is not finite, or None."""
+def not_finite(model: nn.Module, add: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor) -> str | None:
+    """The first adapter tensor of ``model`` with an element that is not finite, or None. ``add`` as for
+    :class:`Guard`."""
     members = [member for group in parameter_groups(model).values() for member in group]
-    finite = torch.stack([p.detach().isfinite().all() for _, p in members]).tolist()
-    return next((name for (name, _), fine in zip(members, finite, strict=True) if not fine), None)
+    broken = add(torch.stack([(~local(p.detach()).isfinite()).sum() for _, p in members])).tolist()
+    return next((name for (name, _), count in zip(members, broken, strict=True) if count), None)
 
 
 def _what_is_not_finite(measured: Measured, loss: float) -> str:

@@ -106,6 +106,7 @@ class MoloraModel(BaseTuner):
         """Patch ``model``, out of which other adapters are taken for the time, and keep the layers made."""
         config: Any = self.peft_config[adapter_name]
         sites = {(id(parent), attribute): (parent, attribute, layer) for parent, attribute, layer in self._sites()}
+        before: Any = getattr(model, "molora", None)
         self._deactivate()
         for parent, name, layer in sites.values():
             setattr(parent, name, layer.base_layer)
@@ -117,6 +118,10 @@ class MoloraModel(BaseTuner):
             for parent, name, original in state.replaced:
                 site = sites.setdefault((id(parent), name), (parent, name, MoloraLayer(original)))
                 site[2].molora_adapters[adapter_name] = parent.get_submodule(name)
+        except UserError:
+            if before is not None:
+                hooks.attach(model, before)
+            raise
         finally:
             for parent, name, layer in sites.values():
                 setattr(parent, name, layer)

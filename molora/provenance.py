@@ -21,10 +21,11 @@ _PACKAGES = ("molora", "torch", "triton", "transformers", "tokenizers", "safeten
 def collect(config: Config, processes: int = 1) -> dict[str, Any]:
     """Plain data that says what ran on which data files (SHA-256 by path); what cannot be found out is None."""
     paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path or []
+    changed = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": None if changed is None else bool(changed),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "platform": platform.platform(),

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def through(
     path = folder() / f"{name}.safetensors"
     try:
         tensors = _read(path)
-        os.utime(path)  # used last, so forgotten last
+        with suppress(OSError):  # of a cache that may only be read
+            os.utime(path)  # used last, so forgotten last
         return tensors
     except FileNotFoundError:
         pass  # not there yet, or forgotten by another run a moment ago

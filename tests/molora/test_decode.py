@@ -80,6 +80,19 @@ def test_a_changed_parameter_is_seen(tiny_config, change, monkeypatch):
     torch.testing.assert_close(after, slow, rtol=1e-11, atol=1e-12)
 
 
+def test_a_fused_step_which_does_not_mark_what_it_changed_is_seen(tiny_config, monkeypatch):
+    model = patched(tiny_config, PLACEMENTS["recipe"])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    model(IDS, labels=IDS).loss.backward()
+    with torch.no_grad():
+        before = model(IDS).logits
+    optimizer.step()
+    optimizer.zero_grad()
+    after, slow = both_ways(model, monkeypatch)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, slow, rtol=1e-11, atol=1e-12)
+
+
 def test_the_path_is_taken_without_gradient_alone(tiny_config, monkeypatch):
     model, calls = patched(tiny_config, PLACEMENTS["recipe"]), []
     call = decode.Kept.__call__

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import molora
-from molora import guard, optim, phases
+from molora import distributed, guard, optim, phases
 from molora.checkpoint import Progress
 from molora.config import Group, Phase, Training
 from molora.metrics import Interval, Measured, Meter
@@ -175,3 +176,15 @@ def test_a_tensor_that_does_not_move_is_told_once_a_phase(watched: Watched) -> N
             told += [text for _, text in watched.warnings(watched.interval())]
     wanted = "trainable, but not moved in 10 steps: model.layers.0.mlp.up_proj.router.bias"
     assert told == [wanted, wanted]
+
+
+def test_what_is_not_finite_is_found_in_a_model_that_is_spread(watched: Watched) -> None:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        distributed.shard(watched.model, distributed.World())
+        name, parameter = watched.members()[5]
+        assert guard.not_finite(watched.model) is None
+        distributed.local(parameter.detach())[0] = float("nan")
+        assert guard.not_finite(watched.model) == name
+    finally:
+        dist.destroy_process_group()

@@ -114,6 +114,14 @@ def test_several_adapters_switch_and_leave_one_another_alone(base, tmp_path):
         fresh.base_model.set_adapter(["again", "again"])
 
 
+def test_an_adapter_that_cannot_be_added_leaves_the_active_one_as_it_was(base):
+    model = peft.get_peft_model(base, MoloraConfig(injection=INJECTION))
+    aux_loss = model(input_ids=IDS, labels=IDS).aux_loss
+    with pytest.raises(molora.UserError, match="no_proj"):
+        model.add_adapter("two", MoloraConfig(injection={"target_keywords": ["no_proj"]}))
+    assert torch.equal(model(input_ids=IDS, labels=IDS).aux_loss, aux_loss)
+
+
 def test_deleting_and_unloading_bring_the_base_back(base):
     plain, kinds = logits(base), {name: type(module) for name, module in base.named_modules()}
     model = peft.get_peft_model(base, MoloraConfig(injection=INJECTION), adapter_name="one")

@@ -316,6 +316,9 @@ def test_replacing_a_folder(tmp_path: Path) -> None:
             folder.mkdir()
             (folder / content).write_text("")
     assert list(contents(tmp_path)) == ["folder/new"]
+    with pytest.raises(UserError, match="folder: cannot be written"), files.replacing(tmp_path / "folder"):
+        pass  # nothing is there to take its place
+    assert list(contents(tmp_path)) == ["folder/new"]
 
 
 def test_missing_or_other_package_names_the_command() -> None:

@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import pytest
+
 from molora import config, provenance
 
 
@@ -17,3 +19,9 @@ def test_what_is_collected_says_what_ran_on_what(tmp_path: Path) -> None:
     assert found["cpus"] >= 1
     assert json.loads(json.dumps(found)) == found
     assert provenance.collect(config.load())["data"] == {}
+
+
+def test_what_git_does_not_say_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    found = provenance.collect(config.load())
+    assert (found["commit"], found["uncommitted_changes"]) == (None, None)

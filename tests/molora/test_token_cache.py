@@ -151,6 +151,22 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
     assert "not cached" in caplog.text
 
 
+def test_a_cache_that_may_only_be_read_is_used(
+    chat_tokenizer: PreTrainedTokenizerFast,
+    tokenised: Count,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    encode(chat_tokenizer)
+
+    def refuse(*_: object) -> None:  # permissions do not stop root, who may run this
+        raise PermissionError
+
+    monkeypatch.setattr("os.utime", refuse)
+    encode(chat_tokenizer)
+    assert (tokenised(), caplog.text) == (len(ROWS), "")
+
+
 def test_the_oldest_entries_go(
     chat_tokenizer: PreTrainedTokenizerFast, folder: Path, monkeypatch: pytest.MonkeyPatch, tokenised: Count
 ) -> None:
