@@ -18,6 +18,7 @@ COMMANDS = {
     "all": "bench.all",
     "report": "bench.report",
     "decode": "bench.decode",
+    "metrics": "bench.metrics",
     "compile": "bench.compile",
 }
 

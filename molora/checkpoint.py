@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from molora import adapter, metrics
+from molora import adapter, metrics, trackers
 from molora.config import Config, load, to_yaml
 from molora.distributed import World, like, whole
 from molora.errors import UserError
@@ -115,7 +115,7 @@ def describe(output: Path, config: Config, provenance: dict[str, Any]) -> None:
 
 
 def _of_a_run(output: Path) -> Iterator[Path]:
-    names = {FINAL, BEST, CONFIG, PROVENANCE, metrics.FILE, "tensorboard"}
+    names = {FINAL, BEST, CONFIG, PROVENANCE, metrics.FILE, *trackers.FOLDERS}
     for path in output.iterdir() if output.is_dir() else ():
         if path.name in names or _NUMBERED.fullmatch(path.name) or _ASIDE.fullmatch(path.name):
             yield path

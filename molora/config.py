@@ -226,6 +226,9 @@ class Logging(Section):
     metrics_level: Literal["minimal", "advanced"] = "minimal"
     """``advanced`` adds to ``metrics.jsonl`` each router's load, and that of each domain of the rows."""
     tensorboard: bool = False
+    """The numbers of ``metrics.jsonl`` as curves of TensorBoard too, in ``tensorboard/`` of the output folder."""
+    wandb: bool = False
+    """The same to Weights & Biases; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE=offline say where they go."""
 
 
 class Kernels(Section):

@@ -1,4 +1,4 @@
-"""What a run measures: gathered on the device step by step, written to ``metrics.jsonl`` and, if asked, TensorBoard."""
+"""What a run measures: gathered on the device step by step, written to ``metrics.jsonl`` and, if asked, to trackers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from molora.data import Batch
-from molora.errors import UserError
+from molora.trackers import Tracker
 
 FILE = "metrics.jsonl"
 MOST_DOMAINS, OTHER = 8, "other domains"
@@ -176,15 +176,15 @@ class Log:
     """Appends to ``folder/metrics.jsonl``; a resumed run goes on as if it had never stopped.
 
     Lines of steps after ``step``, written by the interrupted run but not part of its checkpoint, are taken back
-    first, as is a last line that was cut by a crash. Use as a context manager. Raises :class:`UserError` when
-    ``tensorboard`` is asked for and not installed. With ``silent`` it writes nothing.
+    first, as is a last line that was cut by a crash. Use as a context manager, which closes ``trackers`` too. With
+    ``silent`` it writes no file.
     """
 
-    def __init__(self, folder: Path, *, step: int, tensorboard: bool = False, silent: bool = False) -> None:
+    def __init__(self, folder: Path, *, step: int, trackers: Sequence[Tracker] = (), silent: bool = False) -> None:
         path = folder / FILE
         if not silent:
             _keep_up_to(path, step)
-        self._board = _open_tensorboard(folder / "tensorboard", step) if tensorboard and not silent else None
+        self._trackers = trackers
         self._file = (Path(os.devnull) if silent else path).open("a", encoding="utf-8")
 
     def __enter__(self) -> Log:
@@ -192,17 +192,16 @@ class Log:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close(failed=error is not None)
 
     def write(self, step: int, **values: Any) -> None:
-        """One line with ``step`` and ``values``; numbers go to TensorBoard too."""
+        """One line with ``step`` and ``values``; numbers go to the trackers too."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, step)
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for tracker in self._trackers if numbers else ():
+            tracker.write(step, numbers)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -222,11 +221,3 @@ def _keep_up_to(path: Path, step: int) -> None:
         aside = path.with_name(f".{path.name}.tmp")
         aside.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         aside.replace(path)
-
-
-def _open_tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("logging.tensorboard needs the package tensorboard: pip install 'molora[track]'") from None
-    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from molora import checkpoint, cli, distributed, preflight
+from molora import checkpoint, cli, distributed, preflight, trackers
 from molora.adapter import is_adapter, pick_device, read_manifest
 from molora.config import Config, find_preset, load, resolve, to_yaml
 from molora.data import Row, hold_out, read_rows
@@ -69,6 +69,7 @@ def check_inputs(config: Config, output: Path, *, resume: bool = False, overwrit
     """
     checkpoint.claim(output, resume=resume, overwrite=overwrite)
     pick_device(config.device)
+    trackers.require(config.logging)
     if config.model_name is None:
         raise UserError("model_name is missing: --set model_name=FOLDER_OR_HUB_NAME")
     model = Path(config.model_name)

@@ -31,6 +31,7 @@ from molora import (
     phases,
     provenance,
     routing,
+    trackers,
 )
 from molora.checkpoint import Progress
 from molora.config import Config
@@ -137,7 +138,10 @@ class Trainer:
         self.model.train()
         with (
             metrics.Log(
-                self.output, step=progress.step, tensorboard=self.config.logging.tensorboard, silent=not first
+                self.output,
+                step=progress.step,
+                trackers=trackers.opened(self.config, self.output, progress.step) if first else (),
+                silent=not first,
             ) as log,
             tqdm(
                 total=training.max_train_steps, initial=progress.step, unit="step", disable=None if first else True
