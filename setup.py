@@ -53,7 +53,7 @@ setup(
         "peers": ["peft>=0.21", "eulerforge==0.1.0", "mixlora==0.2.3"],
         "docs": ["zensical>=0.0.73", "mkdocstrings[python]>=1.0"],
         "peft": ["peft>=0.21"],
-        "track": ["tensorboard>=2.16"],
+        "track": ["tensorboard>=2.16", "wandb>=0.25"],
         "dev": [
             "bitsandbytes>=0.46",
             "pytest>=8",
@@ -62,6 +62,8 @@ setup(
             "accelerate>=1.0",
             "trl>=1.16",
             "peft>=0.21",
+            "tensorboard>=2.16",
+            "wandb>=0.25",
             "ruff>=0.12",
             "pyright[nodejs]>=1.1.400",
             "pre-commit>=4",

@@ -41,12 +41,15 @@ class Record:
     automatic: bool = False
     """Whether the model's own hooks keep it (:mod:`molora.hooks`), and not the loop around the model."""
     gates: Tensor | None = None
-    """(R, batch, sequence, E) fp32, where asked for: each token's weight of each expert, zero where not chosen."""
+    """(R, batch, sequence, E) fp32, where asked for: each token's weight of each expert, zero where not chosen. Who
+    reads a choice from it (gate > 0) misses a chosen expert whose gate is zero in fp32, for which its logit must be 103
+    nats below the leading one's; ``counts`` has it."""
 
     def counts_by(self, group: Tensor, groups: int) -> Tensor:
         """(groups, R, E) fp32: of the tokens in each group, how many chose each expert.
 
-        ``group`` (batch, sequence) int64 names each token's group; tokens of group -1 count nowhere. Needs ``gates``.
+        ``group`` (batch, sequence), integers, names each token's group; tokens of group -1 count nowhere. Needs
+        ``gates``.
         """
         assert self.gates is not None, "the record was made without per_token=True"
         member = group.unsqueeze(-1) == torch.arange(groups, device=group.device)

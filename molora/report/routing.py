@@ -22,6 +22,7 @@ from molora.data import Row, read_rows
 from molora.errors import UserError
 from molora.files import write_text
 from molora.report import page, pictures, statistics
+from molora.report.folders import short_names
 from molora.report.observe import Observation, observe, pieces
 from molora.report.page import Section, Text, TextView
 from molora.report.pictures import Line, Panel
@@ -61,7 +62,7 @@ def command(options: argparse.Namespace) -> None:
     data = {domain: _spread(read_rows(path), options.rows) for domain, path in files.items()}
     seen: dict[str, Observation] = {}
     tokenizer: Any = None
-    for name, folder in _names(options.model).items():
+    for name, folder in short_names(options.model).items():
         print(f"{name}: reads {sum(map(len, data.values()))} rows …", flush=True)
         model, tokenizer = load(folder, device=options.device)
         seen[name] = observe(model, tokenizer, data, max_length=options.max_length, batch_size=options.batch_size)
@@ -362,19 +363,6 @@ def _files(arguments: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--data: the domain {domain!r} is given twice; put its rows into one file")
         files[domain] = path
     return files
-
-
-def _names(folders: Sequence[str]) -> dict[str, str]:
-    """A short name for each folder: what tells their paths apart, without a ``final`` at the end."""
-    if len(set(folders)) < len(folders):
-        raise UserError("--model: a folder is given twice")
-    parts = [[part for part in Path(folder).parts if part not in ("/", ".")] for folder in folders]
-    parts = [part[:-1] if part[-1:] == ["final"] and len(part) > 1 else part for part in parts]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return dict(zip(names, folders, strict=True))
-    return dict(zip(folders, folders, strict=True))
 
 
 def _spread(rows: list[Row], count: int) -> list[Row]:

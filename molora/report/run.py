@@ -16,9 +16,9 @@ import torch
 from molora import checkpoint, config, metrics
 from molora.errors import UserError
 from molora.report import page, pictures, statistics
+from molora.report.folders import short_names
 from molora.report.page import Section
 from molora.report.pictures import Line, Panel
-from molora.report.routing import _names
 from molora.routing import by_kind
 
 
@@ -45,7 +45,7 @@ def add_command(commands: Any) -> None:
 
 def command(options: argparse.Namespace) -> None:
     """Read, draw, write. Raises :class:`UserError` for bad input."""
-    runs = {name: read(Path(folder)) for name, folder in _names(options.runs).items()}
+    runs = {name: read(Path(folder)) for name, folder in short_names(options.runs).items()}
     made, panels = _page(runs)
     pictures.png(panels, options.out / "run.png", columns=2, title=made.title)
     page.write(made, options.out / "run.html")

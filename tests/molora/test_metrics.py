@@ -10,7 +10,6 @@ import torch
 
 from molora import metrics
 from molora.data import Batch
-from molora.errors import UserError
 
 
 def measured(loss: float, *, skipped: bool = False) -> metrics.Measured:
@@ -89,12 +88,6 @@ def test_waiting_for_data_is_a_share_of_the_interval(monkeypatch: pytest.MonkeyP
         if item % 2:
             shares.append(meter.read(item).values()["data_wait_share"])
     assert shares == [0.25, 0.25]
-
-
-def test_tensorboard_is_asked_for_by_name_when_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="pip install"):
-        metrics.Log(tmp_path, step=0, tensorboard=True)
 
 
 def test_domains_of_tokens_and_their_load() -> None:

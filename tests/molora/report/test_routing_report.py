@@ -17,7 +17,7 @@ from molora.data import read_rows
 from molora.errors import UserError
 from molora.report.__main__ import main
 from molora.report.observe import observe, pieces
-from molora.report.routing import _names, numbers_of
+from molora.report.routing import numbers_of
 from tests.conftest import make_rows, write_jsonl
 
 
@@ -137,14 +137,6 @@ def test_models_that_have_no_routers_or_cannot_be_compared(given: Path, tiny_mod
     molora.save_adapter(molora.inject(model, {"lora_r": 4, "num_experts": 3}), tmp_path / "other")
     with pytest.raises(UserError, match="other routers"):
         report(given, tmp_path, *stages(given, "stage1"), f"--model={tmp_path / 'other'}")
-
-
-def test_names_tell_folders_apart() -> None:
-    assert list(_names(["out/q/stage1/final", "out/q/stage2/final"])) == ["stage1", "stage2"]
-    assert list(_names(["a/stage1/final", "b/stage1/final"])) == ["a/stage1", "b/stage1"]
-    assert list(_names(["final"])) == ["final"]
-    with pytest.raises(UserError, match="twice"):
-        _names(["x", "x"])
 
 
 def test_pieces_add_up_to_the_text(chat_tokenizer: PreTrainedTokenizerFast) -> None:
