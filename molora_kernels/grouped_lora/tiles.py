@@ -6,6 +6,8 @@ projection), Q = routers * experts, padded, of the logits that ride along; 0 wit
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from molora_kernels._triton.tiles import Capability, Tiles, next_power_of_2, shared_memory_kib
@@ -110,10 +112,13 @@ def _most_columns(dtype: torch.dtype) -> int:
 def set_shrink_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability) -> Tiles:
     """``block_t`` sorted rows, ``block_k`` of the features at a time, ``block_n`` columns of the experts."""
     columns = slots_of(r, k, dtype) * block_r(r, dtype)
-    warps = 8 if columns > 64 else 4
     if dtype == torch.float32:
-        return Tiles(set_rows(dtype), block_k=32, block_n=columns, num_warps=warps, num_stages=2)
-    return _staged(set_rows(dtype), 64 if _reads_shared_memory(capability) else 32, columns, 0, warps, capability)
+        return Tiles(set_rows(dtype), block_k=32, block_n=columns, num_warps=8, num_stages=2)
+    warps = 8 if columns > 64 else 4
+    if _reads_shared_memory(capability):
+        return _staged(set_rows(dtype), 64, columns, 0, warps, capability)
+    staged = _staged(set_rows(dtype), 32, columns, 0, warps, capability)
+    return replace(staged, num_stages=min(staged.num_stages, 3))  # a fourth spills beside dropout
 
 
 def set_expand_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability) -> Tiles:
@@ -121,7 +126,9 @@ def set_expand_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability)
     columns = slots_of(r, k, dtype) * block_r(r, dtype)
     if dtype == torch.float32:
         return Tiles(set_rows(dtype), block_k=columns, block_n=64, num_warps=4, num_stages=2)
-    return Tiles(set_rows(dtype), block_k=columns, block_n=128, num_warps=4, num_stages=2)
+    if _reads_shared_memory(capability):
+        return Tiles(set_rows(dtype), block_k=columns, block_n=128, num_warps=4, num_stages=2)
+    return Tiles(set_rows(dtype), block_k=columns, block_n=64, num_warps=8 if columns > 64 else 4, num_stages=2)
 
 
 def expert_weight_tiles(r: int, dtype: torch.dtype, capability: Capability) -> Tiles:
