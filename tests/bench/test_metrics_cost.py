@@ -17,7 +17,8 @@ def test_both_levels_take_every_window(
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     monkeypatch.setitem(step.MODELS, "tiny", step.MODELS["tiny"] | sizes)
     file = tmp_path / "cost.json"
-    assert main(["metrics", "--rounds", "3", "--warmup", "1", "--json", str(file)]) == 0
+    arguments = ["--rounds", "3", "--warmup", "1", "--json", str(file), "--set", "training.batch_size=1"]
+    assert main(["metrics", *arguments]) == 0
     result = json.loads(file.read_text())
     low, high = result["interval"]
     assert low <= result["ratio"] <= high

@@ -269,6 +269,22 @@ def test_advanced_metrics_split_the_load_by_domain_and_change_nothing(
             assert mixed.tolist() == pytest.approx(load, abs=2e-4)  # each is rounded to 4 digits
 
 
+def test_a_resumed_run_has_one_curve_in_tensorboard(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = make_config("logging.tensorboard=true")
+    crash(Trainer(settings, tmp_path, data.read_rows(settings.data.path or "")), monkeypatch, "update 5")
+    run(settings, tmp_path, resume=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("loss", "lr", "val_loss"):
+        lines = [line for line in metrics.read(tmp_path / metrics.FILE) if name in line]
+        curve = events.Scalars(name)
+        assert [event.step for event in curve] == [line["step"] for line in lines]
+        assert [event.value for event in curve] == pytest.approx([line[name] for line in lines], rel=1e-6)  # fp32 there
+
+
 def test_aux_loss_free_balancing_moves_the_selection_bias(make_config: MakeConfig, tmp_path: Path) -> None:
     run(make_config("moe.load_balance.type=aux_loss_free"), tmp_path / "run")
     biases = [tensor for name, tensor in weights(tmp_path / "run" / "final").items() if "selection_bias" in name]
