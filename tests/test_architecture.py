@@ -84,3 +84,12 @@ def test_no_file_is_named_for_nothing_in_particular() -> None:
     drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
     for package in ("molora", "molora_kernels", "bench", "tests"):
         assert not [path for path in modules(package) if path.stem in drawers or drawers & set(path.parts)]
+
+
+@pytest.mark.parametrize("package", ["molora", "molora_kernels", "bench"])
+def test_every_module_is_on_the_map(package: str) -> None:
+    """The map in CONTRIBUTING.md names it, or the docstring of the package that it is in."""
+    house = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("```")[2].partition("```")[0]
+    for path in modules(package):
+        of_package = ast.get_docstring(ast.parse((path.parent / "__init__.py").read_text(encoding="utf-8"))) or ""
+        assert path.stem.startswith("__") or path.name in house or f"``{path.stem}``" in of_package, path
