@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from molora import cli, eulerforge, export, merge
-from molora.adapter import is_adapter, load, save_adapter
+from molora.adapter import is_adapter, load, read_manifest, save_adapter
 from molora.data import read_rows
 from molora.errors import UserError
 from molora.evaluate import evaluate
@@ -25,8 +25,7 @@ from molora.files import replacing
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ``arguments`` default to the process's own. Raises :class:`UserError` for bad input."""
     options = _parse(arguments)
-    if options.out.exists() and not options.overwrite:
-        raise UserError(f"{options.out}: exists; choose another folder, or give --overwrite")
+    _check_out(options)
     options.run(options)
 
 
@@ -86,6 +85,24 @@ def run_import(options: argparse.Namespace) -> None:
         save_adapter(model, folder)
         tokenizer.save_pretrained(folder)
     print(f"{options.out}: opens with molora.load")
+
+
+def _check_out(options: argparse.Namespace) -> None:
+    """Refuse to write over what was not asked for: other things than a model, and what is read."""
+    out: Path = options.out
+    if out.exists() and not options.overwrite:
+        raise UserError(f"{out}: exists; choose another folder, or give --overwrite")
+    of_models = ("config.json", "molora.json", "adapter_config.json")
+    if out.exists() and not any((out / name).is_file() for name in of_models):
+        raise UserError(
+            f"{out}: is no folder of a model or adapter, so --overwrite does not replace it; choose another"
+        )
+    read = [Path(options.adapter), Path(getattr(options, "base", options.adapter))]
+    if is_adapter(read[0]):
+        read.append(read[0] / read_manifest(read[0])["base_model"])
+    for path in read:
+        if path.exists() and out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise UserError(f"{out}: {path} is read from there; choose another folder")
 
 
 def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, Any]:

@@ -108,6 +108,11 @@ def _check_characters(text: str, where: str) -> None:
         ) from None
 
 
+def spread(rows: Sequence[Row], count: int) -> Sequence[Row]:
+    """``count`` rows at even distances, so that every part of a sorted file is among them; all if there are fewer."""
+    return [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else rows
+
+
 def hold_out(rows: Sequence[Row], size: int, seed: int) -> tuple[list[Row], list[Row]]:
     """Rows to train on and ``size`` rows to evaluate on, drawn with ``seed``; both keep the file's order."""
     if size >= len(rows):

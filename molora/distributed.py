@@ -150,8 +150,8 @@ def joined() -> Iterator[World]:
             if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
                 raise
             raise UserError(
-                f"rank {world.rank}: another process of this run is gone; the checkpoints are whole, start all "
-                "processes again with --resume"
+                f"rank {world.rank}: another process of this run is gone ({' '.join(str(error).split())[:200]}); the "
+                "checkpoints are whole, start all processes again with --resume"
             ) from error
     dist.destroy_process_group()
 

@@ -22,7 +22,7 @@ import torch
 
 from molora import cli, provenance, report, routing
 from molora.config import Config, Data, presets_folder
-from molora.data import read_rows
+from molora.data import read_rows, spread
 from molora.errors import UserError
 from molora.evaluate import Opened, fingerprint, routing_counts
 from molora.files import file_sha256, write_text
@@ -79,7 +79,7 @@ class Quickstart:
         def measure() -> dict[str, Any]:
             opened = Opened(folder)
             counts = {
-                bench: routing_counts(opened.model, opened.tokenizer, _spread(read_rows(path), ROUTING_ROWS)).tolist()
+                bench: routing_counts(opened.model, opened.tokenizer, spread(read_rows(path), ROUTING_ROWS)).tolist()
                 for bench, path in self.benches.items()
             }
             return {"names": routing.names(opened.model), "counts": counts}
@@ -124,11 +124,6 @@ class Quickstart:
             highlight=False,
             soft_wrap=True,
         )
-
-
-def _spread(rows: list[Any], count: int) -> list[Any]:
-    """``count`` rows at even distances, so that every part of a sorted file is among them; all if there are fewer."""
-    return [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else rows
 
 
 def main(arguments: list[str] | None = None) -> None:

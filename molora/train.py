@@ -49,7 +49,7 @@ def run(config: Config, options: argparse.Namespace, world: distributed.World) -
             raise UserError("--preflight looks at one device: run it without torchrun")
         preflight.report(config, output, check_inputs(config, output, resume=True), options.memory_gb)
         return
-    rows = world.together(lambda: check_inputs(config, output, resume=options.resume, overwrite=options.overwrite))
+    rows = world.together(lambda: _check(config, options, output, world))
     if options.validate_only:
         print(f"{options.preset}: valid, {len(rows)} rows, {config.training.max_train_steps} optimizer steps")
         return
@@ -60,6 +60,12 @@ def run(config: Config, options: argparse.Namespace, world: distributed.World) -
             f"the GPU's memory is full ({error}); set model.gradient_checkpointing=non_reentrant, lower "
             "training.batch_size and raise training.grad_accum_steps, or lower data.max_length; then --overwrite"
         ) from error
+
+
+def _check(config: Config, options: argparse.Namespace, output: Path, world: distributed.World) -> list[Row]:
+    if world.size > 1 and config.device.startswith("cuda:"):
+        raise UserError(f"device: {config.device} is one device, and here are {world.size} processes; use device: cuda")
+    return check_inputs(config, output, resume=options.resume, overwrite=options.overwrite)
 
 
 def check_inputs(config: Config, output: Path, *, resume: bool = False, overwrite: bool = False) -> list[Row]:

@@ -81,7 +81,7 @@ class Trainer:
         self.held_out = self._encode(val_rows) if val_rows else None
         self.domains = metrics.Domains(span for example in self.examples.rows for span in data.spans(example))
         self.optimizer, self.schedule = optim.build(self.model, config.training)
-        self.guard = guard.Guard(self.model, config.training.max_skipped_steps, self._add_spread or _here)
+        self.guard = guard.Guard(self.model, config.training.max_skipped_steps, self._add_spread or World().sum)
         # Where nothing waits for a device, a skipped step is reported without waiting for the next reading.
         self.tells_at_once = self.model.device.type == "cpu"
         self.phase: int | None = None
@@ -242,11 +242,11 @@ class Trainer:
         self.model.eval()
         world, total = self.world, torch.zeros(2, dtype=torch.float64, device=self.model.device)
         batches = data.batches(self.held_out, self.collate, batch_size=self.config.training.batch_size)
-        for i, batch in enumerate(batches):
+        for of_each in data.windows(batches, world.size):
+            mine = world.rank < len(of_each)
             # Where layers are gathered to be computed, all processes must compute as often; some of it counts for none.
-            mine = i % world.size == world.rank
             if mine or self._add_spread is not None:
-                batch = batch.to(self.model.device)
+                batch = of_each[world.rank if mine else 0].to(self.model.device)
                 with routing.using(self.model, routing.record(self.model, batch.attention_mask)):
                     loss, label_tokens = causal_lm_loss(self.model, batch)
                 if mine:
@@ -357,10 +357,6 @@ class Trainer:
         held_out = f" | {len(self.held_out)} held out" if self.held_out else ""
         goes_on = f" | goes on from {self.start.name}" if self.start else ""
         print(f"{self.output} | {rows}{held_out}{goes_on}", flush=True)
-
-
-def _here(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def seed_everything(seed: int) -> None:

@@ -18,7 +18,7 @@ from molora import provenance
 from molora.adapter import load
 from molora.config import Config
 from molora.config import Data as DataConfig
-from molora.data import Row, read_rows
+from molora.data import read_rows, spread
 from molora.errors import UserError
 from molora.files import write_text
 from molora.report import page, pictures, statistics
@@ -59,7 +59,7 @@ def command(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     files = _files(options.data)
-    data = {domain: _spread(read_rows(path), options.rows) for domain, path in files.items()}
+    data = {domain: spread(read_rows(path), options.rows) for domain, path in files.items()}
     seen: dict[str, Observation] = {}
     tokenizer: Any = None
     for name, folder in short_names(options.model).items():
@@ -363,8 +363,3 @@ def _files(arguments: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--data: the domain {domain!r} is given twice; put its rows into one file")
         files[domain] = path
     return files
-
-
-def _spread(rows: list[Row], count: int) -> list[Row]:
-    """``count`` rows at even distances, so that every part of a sorted file is among them; all if there are fewer."""
-    return [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else rows

@@ -44,6 +44,18 @@ def run(*arguments: object) -> None:
     convert.main([*map(str, arguments), "--device", "cpu", "--precision", "fp32"])
 
 
+@pytest.mark.parametrize("what", ["adapter", "base", "above", "other"])
+def test_what_is_read_and_what_is_no_model_is_never_replaced(what, tiny_model_dir, adapter, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("")
+    (tmp_path / "config.json").write_text("")
+    out = {"adapter": adapter, "base": tiny_model_dir, "above": tmp_path, "other": other}[what]
+    with pytest.raises(UserError, match="choose another"):
+        run("export", adapter, out, "--overwrite")
+    assert (other / "mine.txt").exists() and (adapter / "molora.json").exists()
+
+
 def test_exported_folder_opens_with_transformers_and_equal_logits(adapter, tmp_path, monkeypatch):
     expected = logits(molora.load(adapter, "cpu", "fp32")[0])
     run("export", adapter, tmp_path / "made")
