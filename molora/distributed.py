@@ -3,7 +3,7 @@
 The processes of a step see other rows and do the same work: sums that decide something (tokens, router sums, gradients)
 are added over all of them, so that the step is that of one process with all the rows. ``ddp`` keeps the model whole on
 every device; ``fsdp`` spreads base and adapters over all of them (FSDP2) and gathers a layer when it is computed. Why
-``ddp`` is an addition of gradients and not PyTorch's wrapper: ``docs/adr/0009-processes.md``.
+``ddp`` is an addition of gradients and not PyTorch's wrapper: ``docs/adr/0008-processes.md``.
 """
 
 from __future__ import annotations
