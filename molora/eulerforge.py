@@ -45,6 +45,8 @@ def put_on(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if not routed:
         raise UserError(f"{folder}: no routers (…router.weight) in its tensors; only mixture_lora runs can be imported")
     one = next(name for name in names if f"{name}.router.weight" in saved)
+    if f"{one}.experts.0.loraA" not in saved:
+        raise UserError(f"{folder}: {one}.experts.0.loraA is missing from its tensors; the checkpoint is not whole")
     shape = {
         "num_experts": len(saved[f"{one}.router.weight"]),
         "top_k": injection["top_k"],

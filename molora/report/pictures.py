@@ -84,6 +84,7 @@ def lines(title: str, series: Sequence[Line], *, x: str, y: str, settings: Mappi
         ax.set_ylabel(y)
         _whole_numbers(ax)
         if len(series) + ("band" in more) > 1:
+            ax.margins(y=0.06 + 0.09 * min(len(series) + ("band" in more), 4))  # room, so that it lies over no line
             ax.legend(fontsize=8, frameon=False, loc="best", labelcolor=INK)
 
     return Panel(title, draw)

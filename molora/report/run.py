@@ -99,7 +99,8 @@ def _page(runs: Mapping[str, Run]) -> tuple[page.Page, list[Panel]]:
         Section(
             "training",
             "Means over the steps between two log lines, skipped steps left out; the loss is cross-entropy without the "
-            "routers' losses. Dotted lines: the first step of a phase and what trains from there on.",
+            "routers' losses."
+            + (" Dotted lines: the first step of a phase and what trains from there on." if only else ""),
             found := [p for p in training if p],
         ),
         Section(
