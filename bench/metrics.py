@@ -94,7 +94,7 @@ def chosen(options: argparse.Namespace, folder: Path) -> tuple[Config, list[Row]
     rows: list[Row] = [
         {"text": "".join(draw.choices("abcdefgh ", k=draw.randint(60, 500))), "domain": "general" if i % 2 else "maths"}
         for i in range(400)
-    ]  # type: ignore[assignment] # (checked by the trainer)
+    ]  # type: ignore[assignment] # of plain str keys
     return resolve(load(None, [*tiny, *options.set, *fixed])), rows
 
 
@@ -102,8 +102,8 @@ def tiny_llama(folder: Path) -> Path:
     """A folder with the random Llama of ``bench step`` and a tokenizer of bytes."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*letters, "<end>"])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment] # untyped setter
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment] # likewise
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
     torch.manual_seed(0)
     LlamaForCausalLM(step.Shape().config()).save_pretrained(folder)

@@ -113,7 +113,8 @@ def set_shrink_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability)
     """``block_t`` sorted rows, ``block_k`` of the features at a time, ``block_n`` columns of the experts."""
     columns = slots_of(r, k, dtype) * block_r(r, dtype)
     if dtype == torch.float32:
-        return Tiles(set_rows(dtype), block_k=32, block_n=columns, num_warps=8, num_stages=2)
+        warps = 4 if _reads_shared_memory(capability) else 8  # each spills on the other kind
+        return Tiles(set_rows(dtype), block_k=32, block_n=columns, num_warps=warps, num_stages=2)
     warps = 8 if columns > 64 else 4
     if _reads_shared_memory(capability):
         return _staged(set_rows(dtype), 64, columns, 0, warps, capability)
