@@ -19,7 +19,7 @@ quickstart: .venv/.done  ## both stages on a real model, on the CPU, with a repo
 	$(BIN)/python -m molora.quickstart
 
 test: .venv/.done  ## the whole suite, on the CPU
-	$(BIN)/python -m pytest -n auto -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not gpu and not slow"
 
 test-gpu:  ## what needs a CUDA device; uses the Python on the PATH
 	python3 -m pytest -m gpu

@@ -14,16 +14,14 @@ import json
 import logging
 import os
 import pickle
-import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch.optim import Optimizer
@@ -131,29 +129,28 @@ def save(
     config: Config,
     provenance: dict[str, Any],
     state: dict[str, Any] | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write ``folder``, replacing an older one of that name, with ``state`` (:func:`training_state`) if given.
+    """Write ``folder``, replacing an older one of that name, with ``state`` (:func:`training_state`) if given, and the
+    adapter's tensors as in ``weights`` where the model's own are spread over processes.
 
     Raises :class:`UserError` when the disk is full or refuses; nothing written before is touched then.
     """
     with _whole(folder) as aside:
-        adapter.save_adapter(model, aside)
+        adapter.save_adapter(model, aside, weights)
         tokenizer.save_pretrained(aside)
         describe(aside, config, provenance)
         if state is not None:
             torch.save(state, aside / _STATE)
 
 
-def training_state(
-    progress: Progress, optimizer: Optimizer, schedule: LambdaLR, device: torch.device, world: World
-) -> dict[str, Any]:
+def training_state(progress: Progress, optimizer: Optimizer, schedule: LambdaLR, world: World) -> dict[str, Any]:
     """Everything beside the weights that the rest of the run depends on, as tensors and plain data; whole, however it
     is spread over processes, all of which must call this."""
     return {
         "progress": asdict(progress),
-        "optimizer": whole(optimizer.state_dict()),
+        "optimizer": whole(optimizer.state_dict(), world),
         "schedule": schedule.state_dict(),
-        "random": world.gather(_random_state(device)),
     }
 
 
@@ -239,10 +236,9 @@ def check_same_run(folder: Path, config: Config, provenance: dict[str, Any]) -> 
         raise UserError(f"{folder}: the data files have changed since; restore them, or start another run")
 
 
-def restore(folder: Path, optimizer: Optimizer, schedule: LambdaLR, device: torch.device, world: World) -> Progress:
-    """Put optimizer, schedule and random state back to where :func:`save` found them; the weights are loaded before
-    the model is spread over processes. With another number of processes than then, the random state stays: each
-    process has a fresh one.
+def restore(folder: Path, optimizer: Optimizer, schedule: LambdaLR) -> Progress:
+    """Put optimizer and schedule back to where :func:`save` found them; the weights are loaded before the model is
+    spread over processes, and what is random follows from seed, process and step.
 
     Raises :class:`UserError` for a state that molora did not write; code that such a file may hold is not run.
     """
@@ -256,8 +252,6 @@ def restore(folder: Path, optimizer: Optimizer, schedule: LambdaLR, device: torc
         state["optimizer"]["state"][i] = {name: like(value, parameters[i]) for name, value in moments.items()}
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
-    if len(state["random"]) == world.size:
-        _set_random_state(state["random"][world.rank], device)
     return Progress(**state["progress"])
 
 
@@ -303,21 +297,3 @@ def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
     return flat
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, np.asarray(keys).tolist(), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)

@@ -29,12 +29,12 @@ from transformers.utils import logging as transformers_logging
 
 from molora.errors import UserError
 from molora.families import family_of
-from molora.patch import parameter_groups
 
 Value = TypeVar("Value")
 BUCKET_ELEMENTS = 2**24
 """Gradients are added in buckets of 64 MB, so that the copy that this needs stays small."""
-_LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|Socket", re.DOTALL)
+_GONE = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe")
+_TALKING = re.compile(rf"gloo|NCCL|[Ss]ocket|{_GONE.pattern}")
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class World:
 def joined() -> Iterator[World]:
     """The processes that torchrun started, or this one alone.
 
-    Only the first prints to standard output. Where another process is lost, the ones that are left end with a
-    :class:`UserError` that says how to go on.
+    Only the first prints to standard output. Where another process is lost, or talking to it fails, the ones that are
+    left end with a :class:`UserError` that keeps the cause and says how to go on.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield World()
@@ -147,11 +147,14 @@ def joined() -> Iterator[World]:
         except UserError as error:
             raise UserError(str(error) if world.first else f"rank {world.rank}: {error}") from error
         except (dist.DistError, RuntimeError) as error:
-            if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
+            if not isinstance(error, dist.DistError) and not _TALKING.search(str(error)):
                 raise
+            gone = _GONE.search(str(error))
+            what = "another process of this run is gone" if gone else "communication between the processes failed"
+            cause = " ".join(str(error).partition("Exception raised from")[0].split())  # without frames of C++
             raise UserError(
-                f"rank {world.rank}: another process of this run is gone ({' '.join(str(error).split())[:200]}); the "
-                "checkpoints are whole, start all processes again with --resume"
+                f"rank {world.rank}: {what} ({cause}); the checkpoints are whole, start all processes again with "
+                "--resume"
             ) from error
     dist.destroy_process_group()
 
@@ -187,9 +190,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tree: Any) -> Any:
-    """``tree`` with every tensor that is spread gathered on the CPU. All processes must call it."""
-    return tree_map(lambda leaf: leaf.full_tensor().cpu() if isinstance(leaf, DTensor) else leaf, tree)
+def whole(tree: Any, world: World) -> Any:
+    """``tree`` with every tensor that is spread gathered in the first process's host memory; others, which write
+    nothing, get empty ones in their place. All processes must call it."""
+
+    def gathered(leaf: Any) -> Any:
+        if not isinstance(leaf, DTensor):
+            return leaf
+        full = leaf.full_tensor().detach()
+        return full.cpu() if world.first else full.new_empty(0)
+
+    return tree_map(gathered, tree)
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -198,23 +209,3 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
         return tensor
     tensor = tensor.to(parameter.device)
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-@contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """The adapters of ``model`` whole within the block, to be looked at and saved. All processes must enter it."""
-    names = [name for members in parameter_groups(model).values() for name, _ in members]
-    spread: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        parameter = module._parameters[attribute]
-        if isinstance(parameter, DTensor):
-            spread.append((module, attribute, parameter))  # type: ignore[arg-type] # a Parameter and a DTensor
-            full = nn.Parameter(parameter.full_tensor().detach().cpu(), requires_grad=parameter.requires_grad)
-            module._parameters[attribute] = full
-    try:
-        yield
-    finally:
-        for module, attribute, parameter in spread:
-            module._parameters[attribute] = parameter

@@ -49,7 +49,8 @@ def run(config: Config, options: argparse.Namespace, world: distributed.World) -
             raise UserError("--preflight looks at one device: run it without torchrun")
         preflight.report(config, output, check_inputs(config, output, resume=True), options.memory_gb)
         return
-    rows = world.together(lambda: _check(config, options, output, world))
+    given = {"resume": options.resume, "overwrite": options.overwrite, "processes": world.size}
+    rows = world.together(lambda: check_inputs(config, output, **given))
     if options.validate_only:
         print(f"{options.preset}: valid, {len(rows)} rows, {config.training.max_train_steps} optimizer steps")
         return
@@ -62,17 +63,15 @@ def run(config: Config, options: argparse.Namespace, world: distributed.World) -
         ) from error
 
 
-def _check(config: Config, options: argparse.Namespace, output: Path, world: distributed.World) -> list[Row]:
-    if world.size > 1 and config.device.startswith("cuda:"):
-        raise UserError(f"device: {config.device} is one device, and here are {world.size} processes; use device: cuda")
-    return check_inputs(config, output, resume=options.resume, overwrite=options.overwrite)
-
-
-def check_inputs(config: Config, output: Path, *, resume: bool = False, overwrite: bool = False) -> list[Row]:
+def check_inputs(
+    config: Config, output: Path, *, resume: bool = False, overwrite: bool = False, processes: int = 1
+) -> list[Row]:
     """Everything that can be wrong with the inputs and is seen without loading a model; returns the data rows.
 
     Changes nothing. Raises :class:`UserError`.
     """
+    if processes > 1:
+        _check_shared(config, processes)
     checkpoint.claim(output, resume=resume, overwrite=overwrite)
     pick_device(config.device)
     trackers.require(config.logging)
@@ -88,6 +87,16 @@ def check_inputs(config: Config, output: Path, *, resume: bool = False, overwrit
     rows = read_rows(config.data.path)
     hold_out(rows, config.training.val_size, config.seed)
     return rows
+
+
+def _check_shared(config: Config, processes: int) -> None:
+    """What works in one process, and not in several."""
+    if config.device.startswith("cuda:"):
+        raise UserError(f"device: {config.device} is one device, and here are {processes} processes; use device: cuda")
+    if config.training.parallel == "fsdp" and config.model.compile:
+        raise UserError("model.compile and training.parallel: fsdp do not go together; use ddp, or no compile")
+    if config.training.parallel == "fsdp" and config.model.load_precision.mode in ("int8", "int4"):
+        raise UserError("training.parallel: fsdp spreads bases of 16 or 32 bits only; use ddp for int8 and int4")
 
 
 def positive(text: str) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -88,12 +89,11 @@ class Trainer:
         self.open: list[tuple[str, nn.Parameter]] = []
         self.progress = Progress()
         if start is not None:
-            device = self.model.device
-            self.progress = checkpoint.restore(start, self.optimizer, self.schedule, device, world)
+            self.progress = checkpoint.restore(start, self.optimizer, self.schedule)
         self.start, self.resume = start, resume
 
     def _share_model(self) -> None:
-        """Spread the model over the processes, if it is to be, and give each its own dropout."""
+        """Spread the model over the processes, if it is to be."""
         world, config = self.world, self.config
         self._add_spread = None
         if world.size == 1:
@@ -105,21 +105,14 @@ class Trainer:
             [self.provenance["packages"], device.type, capability, self.provenance["data"], config.model_dump()],
         )  # so that all pick the same kernels and tiles
         if config.training.parallel == "fsdp":
-            if config.model.compile:
-                raise UserError("model.compile and training.parallel: fsdp do not go together; use ddp, or no compile")
-            if config.model.load_precision.mode in ("int8", "int4"):
-                raise UserError(
-                    "training.parallel: fsdp spreads bases of 16 or 32 bits only; use ddp for int8 and int4"
-                )
             self.model.molora_base_fingerprint = adapter.base_fingerprint(self.model)  # type: ignore[assignment]
             distributed.shard(self.model, world)
             self._add_spread = world.sum
-        if world.rank:
-            seed_everything(int(np.random.SeedSequence([config.seed, world.rank]).generate_state(1)[0]))
 
     def _encode(self, rows: Sequence[Row]) -> data.Examples:
         settings = self.config.data
-        with self.world.first_on_each_machine():
+        # What the first finds in the cache, or leaves there, the others find; without one, all work at once.
+        with self.world.first_on_each_machine() if settings.cache else nullcontext():
             return data.encode_rows(self.tokenizer, rows, settings.max_length, cache=settings.cache)
 
     def train(self) -> None:
@@ -177,6 +170,7 @@ class Trainer:
         (:mod:`molora.routing`), and the forwards of a scope come before its backwards.
         """
         moe = self.config.moe
+        seed_step(self.config.seed, self.world.rank, self.progress.step)
         self.optimizer.zero_grad(set_to_none=True)
         window = [batch.to(self.model.device) for batch in window]
         mine = [sum(batch.tokens for batch in window), sum(batch.label_tokens for batch in window)]
@@ -303,17 +297,17 @@ class Trainer:
 
         Raises :class:`~molora.errors.UserError` rather than writing weights that are not finite.
         """
-        state, device = None, self.model.device
+        if broken := guard.not_finite(self.model, self.guard.add):
+            raise UserError(
+                f"{broken} is not finite at step {self.progress.step}: {name} is not written, older checkpoints "
+                "are whole; lower training.lr and train again"
+            )
+        model, world, state = self.model, self.world, None
         if resumable:
-            state = checkpoint.training_state(self.progress, self.optimizer, self.schedule, device, self.world)
-        with distributed.gathered(self.model):
-            if broken := guard.not_finite(self.model):
-                raise UserError(
-                    f"{broken} is not finite at step {self.progress.step}: {name} is not written, older checkpoints "
-                    "are whole; lower training.lr and train again"
-                )
-            if self.world.first:
-                checkpoint.save(self.output / name, self.model, self.tokenizer, self.config, self.provenance, state)
+            state = checkpoint.training_state(self.progress, self.optimizer, self.schedule, world)
+        weights = distributed.whole(dict(adapter.adapter_tensors(model)), world)
+        if world.first:
+            checkpoint.save(self.output / name, model, self.tokenizer, self.config, self.provenance, state, weights)
 
     def _log_step(self, log: metrics.Log, bar: tqdm, interval: metrics.Interval) -> None:
         step, steps = self.progress.step, self.config.training.max_train_steps
@@ -364,6 +358,12 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def seed_step(seed: int, rank: int, step: int) -> None:
+    """Seed torch for one optimizer step of one process. So no two steps and no two processes of a run share dropout
+    masks, and a run that goes on, in any number of processes, needs no state of a generator."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0]))
 
 
 def checkpoint_activations(model: PreTrainedModel, kind: str) -> None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
-from molora import cli, data, metrics, train
+from molora import cli, config, data, distributed, metrics, train
+from molora.errors import UserError
 from tests.conftest import make_rows, write_jsonl
+from tests.molora import distributed_runs
 
+pytestmark = pytest.mark.xdist_group("torchrun")  # so that the runs of two processes are made once
 ROOT = Path(__file__).parent.parent.parent
 SETTINGS = [
     "data.max_length=64",
@@ -34,6 +39,12 @@ SETTINGS = [
     "training.save_steps=2",
     "training.log_steps=1",
 ]
+PACKED = ["data.packing=true", "moe.load_balance.type=aux_loss_free", "logging.metrics_level=advanced"]
+BF16 = ["model.load_precision.mode=bf16"]
+DROPOUT = ["injection.lora_dropout=0.2"]
+SPLITS = {
+    f"{b}x{a}": [f"training.batch_size={b}", f"training.grad_accum_steps={a}"] for b, a in ((8, 1), (4, 2), (2, 4))
+}
 MEASURED = ("loss", "z_loss", "load_balance", "grad_norm", "val_loss")
 
 
@@ -50,24 +61,26 @@ def alone(*given: str) -> None:
     assert exit_.value.code == 0
 
 
-def start(processes: int, *given: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def start(program: str, *given: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", program]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, "-m", "molora.train", *given], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [*command, *given], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
-def together(processes: int, *given: str) -> str:
-    out, err = (process := start(processes, *given)).communicate(timeout=240)
-    assert process.returncode == 0, err
-    return out
-
-
-def numbers(output: Path) -> torch.Tensor:
+def numbers(output: Path, *names: str) -> torch.Tensor:
     lines = metrics.read(output / metrics.FILE)
-    return torch.tensor([line[name] for line in lines for name in MEASURED if name in line], dtype=torch.float64)
+    return torch.tensor([line[name] for line in lines for name in names if name in line], dtype=torch.float64)
+
+
+def loads(output: Path) -> torch.Tensor:
+    """Every router's load, of all tokens and of each domain's, in every step; empty where it is not logged."""
+    found: list[float] = []
+    for line in metrics.read(output / metrics.FILE):
+        by_domain = [entry["load"] for _, entry in sorted(line.get("domains", {}).items())]
+        found += [share for load in (line.get("load", {}), *by_domain) for shares in load.values() for share in shares]
+    return torch.tensor([0.0, *found], dtype=torch.float64)
 
 
 def weights(folder: Path) -> torch.Tensor:
@@ -75,81 +88,159 @@ def weights(folder: Path) -> torch.Tensor:
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)]).double()
 
 
-def distance(one: Path, other: Path) -> tuple[float, float]:
-    """Largest differences of what was measured (relative) and of the weights."""
-    a, b = numbers(one), numbers(other)
-    apart = (weights(one / "final") - weights(other / "final")).abs().max().item()
-    return ((a - b) / a).abs().max().item(), apart
+def distance(one: Path, other: Path) -> torch.Tensor:
+    """Largest differences of what was measured (relative), of loads, and of the weights."""
+    a, b = numbers(one, *MEASURED), numbers(other, *MEASURED)
+    apart = weights(one / "final") - weights(other / "final")
+    return torch.stack([((a - b) / a).abs().max(), (loads(one) - loads(other)).abs().max(), apart.abs().max()])
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", make_rows(40))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module")
-def one_process(
-    tiny_model_dir: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, float, float]:
-    """A run of 8 rows a step, and how far apart other orders of the same sums are: the rounding that is allowed."""
-    folder = tmp_path_factory.mktemp("alone")
-    for batch, accumulated in ((8, 1), (4, 2), (2, 4)):
-        split = [f"training.batch_size={batch}", f"training.grad_accum_steps={accumulated}"]
-        alone(*arguments(tiny_model_dir, rows, folder / f"{batch}x{accumulated}", *split))
-    apart = [distance(folder / "8x1", folder / other) for other in ("4x2", "2x4")]
-    return folder / "8x1", 2 * max(a for a, _ in apart), 2 * max(b for _, b in apart)
+def rows(folder: Path) -> Path:
+    named = [row | {"domain": "ab"[i % 3 == 0]} for i, row in enumerate(make_rows(40))]
+    return write_jsonl(folder / "rows.jsonl", named)
 
 
-@pytest.mark.parametrize(
-    ("parallel", "more"),
-    [
-        ("ddp", ["training.batch_size=2", "training.grad_accum_steps=2"]),
-        ("fsdp", ["training.batch_size=2", "training.grad_accum_steps=2"]),
-        pytest.param(
-            "fsdp", ["training.batch_size=4", "model.gradient_checkpointing=non_reentrant"], marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "fsdp", ["training.batch_size=4", "model.gradient_checkpointing=reentrant"], marks=pytest.mark.slow
-        ),
-    ],
-)
+@pytest.fixture(scope="module")
+def one_process(tiny_model_dir: Path, rows: Path, folder: Path) -> dict[str, tuple[Path, torch.Tensor]]:
+    """Runs of 8 rows a step, and how far apart other orders of the same sums are: the rounding that is allowed."""
+    runs = {}
+    for name, more in (("plain", []), ("packed", PACKED)):
+        for split in SPLITS:
+            alone(*arguments(tiny_model_dir, rows, folder / f"{name} {split}", *SPLITS[split], *more))
+        first, *others = [folder / f"{name} {split}" for split in SPLITS]
+        runs[name] = first, 2 * torch.stack([distance(first, other) for other in others]).amax(0)
+    alone(*arguments(tiny_model_dir, rows, folder / "bf16 8x1", *SPLITS["8x1"], *BF16))
+    return runs
+
+
+TWO = ["training.batch_size=2", "training.grad_accum_steps=2"]
+FOUR = ["training.batch_size=4"]
+FSDP = "training.parallel=fsdp"
+RUNS = {
+    "plain ddp": [*TWO],
+    "plain fsdp": [FSDP, *TWO],
+    "plain fsdp, layers recomputed": [FSDP, *FOUR, "model.gradient_checkpointing=non_reentrant"],
+    "plain fsdp, layers recomputed, reentrant": [FSDP, *FOUR, "model.gradient_checkpointing=reentrant"],
+    "plain fsdp, goes on from one process": [FSDP, *FOUR],
+    "plain ddp, uncached": [*FOUR, "data.cache=false"],
+    "packed ddp": [*TWO, *PACKED],
+    "packed fsdp": [FSDP, *TWO, *PACKED],
+    "bf16 ddp": [*TWO, *BF16],
+    "bf16 fsdp": [FSDP, *TWO, *BF16],
+    "dropout ddp": [*TWO, *DROPOUT],
+    "dropout ddp, again": [*TWO, *DROPOUT],
+    "dropout ddp, goes on": [*TWO, *DROPOUT],
+    "dropout fsdp": [FSDP, *TWO, *DROPOUT],
+    "dropout fsdp, goes on": [FSDP, *TWO, *DROPOUT],
+    "spoilt ddp": [*TWO, *PACKED, "training.save_steps=1"],
+    "spoilt fsdp": [FSDP, *TWO, *PACKED, "training.save_steps=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def two_processes(
+    one_process: dict[str, tuple[Path, torch.Tensor]], tiny_model_dir: Path, rows: Path, folder: Path
+) -> Path:
+    """The folder of all RUNS, done by two processes."""
+    sources = {"plain fsdp, goes on from one process": folder / "plain 8x1"}
+    sources |= {f"{name}, goes on": folder / name for name in ("dropout ddp", "dropout fsdp")}
+    runs = {}
+    for name, more in RUNS.items():
+        source = sources.get(name)
+        given = arguments(tiny_model_dir, rows, folder / name, *more)
+        runs[name] = ([*given, "--resume"], str(source)) if source else (given, None)
+    (folder / "runs.json").write_text(json.dumps(runs))
+    out, err = (process := start("tests.molora.distributed_runs", str(folder))).communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert out.count("finished:") == len(RUNS)
+    assert out.count("phase from step 2") == len(RUNS)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith(("plain", "packed"))])
 def test_two_processes_train_what_one_trains(
+    name: str, one_process: dict[str, tuple[Path, torch.Tensor]], two_processes: Path
+) -> None:
+    """Losses, router losses, gradient norms, loads, weights, selection biases, over a phase change."""
+    single, allowed = one_process[name.partition(" ")[0]]
+    found = distance(single, two_processes / name)
+    assert (found <= allowed).all(), (found, allowed)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_in_bf16_are_as_exact_as_one(
+    parallel: str, one_process: dict[str, tuple[Path, torch.Tensor]], two_processes: Path
+) -> None:
+    exact, _ = one_process["plain"]
+    error = distance(exact, two_processes / "bf16 8x1")
+    found = distance(exact, two_processes / f"bf16 {parallel}")
+    assert (found <= 2 * error).all(), (found, error)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_checkpoint_of_two_processes_goes_on_in_one(
     parallel: str,
-    more: list[str],
-    one_process: tuple[Path, float, float],
+    one_process: dict[str, tuple[Path, torch.Tensor]],
+    two_processes: Path,
     tiny_model_dir: Path,
     rows: Path,
     tmp_path: Path,
 ) -> None:
-    """Losses, router losses, gradient norms, weights, over a phase change; a checkpoint of two goes on in one."""
-    single, measured, moved = one_process
-    output = tmp_path / "run"
-    given = arguments(tiny_model_dir, rows, output, f"training.parallel={parallel}", *more)
-    out = together(2, *given)
+    single, allowed = one_process["plain"]
+    output = distributed_runs.cut(two_processes / f"plain {parallel}", tmp_path / "run")
+    alone(*arguments(tiny_model_dir, rows, output, f"training.parallel={parallel}", *SPLITS["4x2"]), "--resume")
     found = distance(single, output)
-    assert found[0] <= measured and found[1] <= moved, (found, measured, moved)
-    assert out.count("finished:") == out.count("phase from step 2") == 1
-
-    for name in ("final", "checkpoint-4"):
-        shutil.rmtree(output / name)
-    same = [value for value in more if value.startswith("model.")]
-    split = ["training.batch_size=4", "training.grad_accum_steps=2"]
-    alone(*arguments(tiny_model_dir, rows, output, *split, *same), "--resume")
-    found = distance(single, output)
-    assert found[0] <= measured and found[1] <= moved, (found, measured, moved)
+    assert (found <= allowed).all(), (found, allowed)
 
 
-def test_a_checkpoint_of_one_process_goes_on_in_two(
-    one_process: tuple[Path, float, float], tiny_model_dir: Path, rows: Path, tmp_path: Path
+def seeds(two_processes: Path, name: str) -> list[dict[int, set[int]]]:
+    """The dropout seeds of each process, step by step."""
+    found = [json.loads((two_processes / f"{name}.{rank}.json").read_text()) for rank in (0, 1)]
+    return [{int(step): set(drawn) for step, drawn in of_one.items()} for of_one in found]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_each_process_has_its_own_dropout_and_a_run_goes_on_bit_for_bit(parallel: str, two_processes: Path) -> None:
+    drawn = [of_step for of_one in seeds(two_processes, f"dropout {parallel}") for of_step in of_one.values()]
+    assert len(drawn) == 2 * 4 and all(drawn)
+    assert sum(map(len, drawn)) == len(set().union(*drawn)), "a mask came twice"
+    whole = two_processes / f"dropout {parallel}"
+    for other in ("again", "goes on"):
+        if (output := two_processes / f"dropout {parallel}, {other}").exists():
+            assert not distance(whole, output).any(), other
+    assert distance(two_processes / f"plain {parallel}", whole).any()
+
+
+def test_a_run_that_goes_on_in_another_number_of_processes_repeats_no_dropout(
+    two_processes: Path, tiny_model_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    single, measured, moved = one_process
-    output = shutil.copytree(single, tmp_path / "run")
-    for name in ("final", "checkpoint-4"):
-        shutil.rmtree(output / name)
-    more = ["training.parallel=fsdp", "training.batch_size=4"]
-    together(2, *arguments(tiny_model_dir, rows, output, *more), "--resume")
-    found = distance(single, output)
-    assert found[0] <= measured and found[1] <= moved, (found, measured, moved)
+    output = distributed_runs.cut(two_processes / "dropout ddp", tmp_path / "run")
+    drawn = distributed_runs.note_seeds(monkeypatch)
+    alone(*arguments(tiny_model_dir, rows, output, *SPLITS["4x2"], *DROPOUT), "--resume")
+    assert drawn.keys() == {2, 3} and all(drawn.values())
+    before = [of_one[step] for of_one in seeds(two_processes, "dropout ddp") for step in (0, 1)]
+    assert not set().union(*before) & set().union(*drawn.values())
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_gradient_that_is_not_finite_in_one_process_skips_the_step_in_all(parallel: str, two_processes: Path) -> None:
+    output = two_processes / f"spoilt {parallel}"
+    steps = [weights(output / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
+    assert [torch.equal(one, next_one) for one, next_one in pairwise(steps)] == [True, False, False]
+    assert all(step.isfinite().all() for step in steps)
+    lines = metrics.read(output / metrics.FILE)
+    assert [line["skipped"] for line in lines if "skipped" in line] == [0, 1, 1, 1]
+    [told] = [line for line in lines if "warning" in line]
+    assert told["step"] == 2
+    assert re.search(
+        r"gradient of model.* is not finite; rows .*rows.jsonl:\d+, .*; the step is skipped", told["warning"]
+    )
 
 
 def test_no_row_is_seen_twice_and_none_is_left_out() -> None:
@@ -161,14 +252,13 @@ def test_no_row_is_seen_twice_and_none_is_left_out() -> None:
 
 
 def test_another_number_of_rows_a_step_is_refused(
-    one_process: tuple[Path, float, float],
+    one_process: dict[str, tuple[Path, torch.Tensor]],
     tiny_model_dir: Path,
     rows: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    output = shutil.copytree(one_process[0], tmp_path / "run")
-    shutil.rmtree(output / "final")
+    output = distributed_runs.cut(one_process["plain"][0], tmp_path / "run")
     with pytest.raises(SystemExit) as exit_:
         given = arguments(tiny_model_dir, rows, output, "training.batch_size=4")
         cli.run(lambda: train.main([*given, "--resume"]))
@@ -178,11 +268,11 @@ def test_another_number_of_rows_a_step_is_refused(
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_with_a_checkpoint_to_go_on_from(
-    one_process: tuple[Path, float, float], tiny_model_dir: Path, rows: Path, tmp_path: Path
+    tiny_model_dir: Path, rows: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     given = arguments(tiny_model_dir, rows, output, "training.batch_size=4", "training.max_train_steps=400")
-    process = start(2, *given)
+    process = start("molora.train", *given)
     until = time.monotonic() + 120
     while not (output / "checkpoint-2").exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
@@ -196,7 +286,7 @@ def test_a_killed_process_ends_the_run_with_a_checkpoint_to_go_on_from(
     assert "--resume" in err
     assert not (output / "final").exists()
     newest = max(int(path.name.partition("-")[2]) for path in output.glob("checkpoint-[0-9]*"))
-    again = start(2, *given, "--resume")
+    again = start("molora.train", *given, "--resume")
     while (
         not (output / f"checkpoint-{newest + 2}").exists() and again.poll() is None and time.monotonic() < until + 120
     ):
@@ -207,7 +297,60 @@ def test_a_killed_process_ends_the_run_with_a_checkpoint_to_go_on_from(
 
 
 def test_bad_input_is_told_once(tiny_model_dir: Path, rows: Path, tmp_path: Path) -> None:
-    process = start(2, *arguments(tiny_model_dir, rows, tmp_path / "run", "data.path=none.jsonl"))
+    process = start("molora.train", *arguments(tiny_model_dir, rows, tmp_path / "run", FSDP, "model.compile=true"))
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert err.count("none.jsonl: no such file") == 1
+    assert err.count("model.compile and training.parallel: fsdp do not go together") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["device=cuda:1"], "device: cuda:1 is one device, and here are 2 processes"),
+        ([FSDP, "model.load_precision.mode=int4"], "fsdp spreads bases of 16 or 32 bits only"),
+        ([FSDP, "model.load_precision.mode=int8"], "fsdp spreads bases of 16 or 32 bits only"),
+        ([FSDP, "model.compile=true"], "model.compile and training.parallel: fsdp do not go together"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(
+    given: list[str], told: str, tiny_model_dir: Path, rows: Path, tmp_path: Path
+) -> None:
+    settings = config.load(None, [f"model_name={tiny_model_dir}", f"data.path={rows}", *given])
+    with pytest.raises(UserError, match=told):
+        train.check_inputs(settings, tmp_path / "run", processes=2)
+    if settings.device == "auto":
+        train.check_inputs(settings, tmp_path / "run")  # one process can
+
+
+NCCL = """NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO), NCCL version 2.27.5
+ncclUnhandledCudaError: Call to CUDA function failed.
+Last error:
+Cuda failure 2 'out of memory'
+Exception raised from getNCCLComm at NCCLUtils.cpp:94 (most recent call first):
+frame #0: c10::Error"""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            dist.DistBackendError(NCCL),
+            r"communication between .* failed \(NCCL error .* Last error: Cuda failure 2 'out of memory'\)",
+        ),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1"),
+            r"another process of this run is gone \(.*Connection closed by peer \[127\.0\.0\.1\]:1\)",
+        ),
+    ],
+)
+def test_what_broke_between_the_processes_is_told(error: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in (given | {"TORCHELASTIC_RUN_ID": "1"}).items():
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(UserError, match=f"^rank 0: {told}; the checkpoints are whole"), distributed.joined():
+            raise error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        dist.destroy_process_group()

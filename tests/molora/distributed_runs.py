@@ -1,0 +1,103 @@
+"""Several runs in the processes that torchrun started, one after the other: starting takes longer than all of them.
+
+    torchrun --nproc-per-node 2 -m tests.molora.distributed_runs FOLDER
+
+``FOLDER/runs.json`` maps the name of a run, whose output is FOLDER/<name>, to arguments of ``molora.train`` and, where
+it goes on from the second step of another run, that run's folder. In a run whose name has the word
+
+- ``spoilt``, the second process has a gradient that is not finite in the second step, and a loss that is;
+- ``uncached``, no process tokenises rows before all have come to it.
+
+Each process writes the dropout seeds of each step to FOLDER/<name>.<rank>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import molora_kernels
+from molora import config, data, distributed, train
+from molora.trainer import Trainer
+
+Seeds = dict[int, list[int]]
+
+
+def cut(source: Path, output: Path) -> Path:
+    """A copy of the run in ``source`` as it was after its second step."""
+    return shutil.copytree(source, output, ignore=shutil.ignore_patterns("final", "checkpoint-[34]"))
+
+
+def note_seeds(patch: pytest.MonkeyPatch) -> Seeds:
+    """Step -> the seeds of its dropout masks, filled while a run trains."""
+    seeds: Seeds = {}
+    train_step, new_seed = Trainer.train_step, molora_kernels.new_dropout_seed
+
+    def noting_step(trainer: Trainer, window: list[data.Batch]) -> Any:
+        seeds[trainer.progress.step] = []
+        return train_step(trainer, window)
+
+    def noting_seed(device: torch.device) -> torch.Tensor:
+        seed = new_seed(device)
+        seeds[max(seeds)].append(int(seed))
+        return seed
+
+    patch.setattr(Trainer, "train_step", noting_step)
+    patch.setattr(molora_kernels, "new_dropout_seed", noting_seed)
+    return seeds
+
+
+def spoil(patch: pytest.MonkeyPatch) -> None:
+    forward = Trainer._forward
+
+    def spoilt(trainer: Trainer, *given: Any) -> Any:
+        record, loss = forward(trainer, *given)
+        if (trainer.world.rank, trainer.progress.step) == (1, 1):
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return record, loss
+
+    patch.setattr(Trainer, "_forward", spoilt)
+
+
+def meet(patch: pytest.MonkeyPatch, folder: Path, world: distributed.World) -> None:
+    encode_rows: Callable[..., Any] = data.encode_rows
+
+    def encode(*given: Any, **named: Any) -> Any:
+        (folder / f"came.{world.rank}").touch()
+        until = time.monotonic() + 60
+        while len(list(folder.glob("came.*"))) < world.size:
+            assert time.monotonic() < until, "the other processes wait for this one to tokenise"
+            time.sleep(0.01)
+        return encode_rows(*given, **named)
+
+    patch.setattr(data, "encode_rows", encode)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    with distributed.joined() as world:
+        for name, (given, source) in json.loads((folder / "runs.json").read_text()).items():
+            if source:
+                world.from_first(lambda source=source, name=name: cut(Path(source), folder / name))
+            options = train.parse(given)
+            settings = config.resolve(config.load(options.preset, options.set))
+            with pytest.MonkeyPatch.context() as patch:
+                seeds = note_seeds(patch)
+                if "spoilt" in name:
+                    spoil(patch)
+                if "uncached" in name:
+                    meet(patch, folder, world)
+                train.run(settings, options, world)
+            (folder / f"{name}.{world.rank}.json").write_text(json.dumps(seeds))
+
+
+if __name__ == "__main__":
+    main()
