@@ -63,7 +63,7 @@ def build(config: Config) -> tuple[PreTrainedModel, Any]:
         return inject(model, config), tokenizer
     manifest = read_manifest(folder)
     _check_same_shape(folder, manifest, config)
-    model, tokenizer = load_base(_locate_base(folder, manifest), config.model, device)
+    model, tokenizer = load_base(locate_base(folder, manifest), config.model, device)
     _check_backbone(config, model)
     inject(model, config)
     load_weights(model, folder)
@@ -87,7 +87,7 @@ def load(name: str | Path, device: str = "auto", precision: str = "auto") -> tup
         model, tokenizer = load_base(str(name), model_config, pick_device(device))
         return model.eval(), tokenizer
     manifest = read_manifest(folder)
-    model, tokenizer = load_base(_locate_base(folder, manifest), model_config, pick_device(device))
+    model, tokenizer = load_base(locate_base(folder, manifest), model_config, pick_device(device))
     return put_on(model, folder).eval(), _tokenizer(folder) or tokenizer
 
 
@@ -145,7 +145,7 @@ def describe_base(config: Config) -> tuple[PreTrainedConfig, Any]:
     if is_adapter(folder):
         manifest = read_manifest(folder)
         _check_same_shape(folder, manifest, config)
-        name = _locate_base(folder, manifest)
+        name = locate_base(folder, manifest)
     with _opening(name, config.model) as source:
         base = AutoConfig.from_pretrained(name, **source)
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
@@ -398,7 +398,8 @@ def base_name(model: nn.Module) -> str:
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
-def _locate_base(folder: Path, manifest: dict[str, Any]) -> str:
+def locate_base(folder: Path, manifest: dict[str, Any]) -> str:
+    """The folder or hub name of an adapter's base. Raises :class:`UserError` for a folder that is gone."""
     name = manifest["base_model"]
     if name.startswith("./"):  # the adapter folder brings its base
         name = str((folder / name).resolve())

@@ -14,7 +14,6 @@ E experts.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import time
 from collections import Counter
@@ -24,15 +23,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
+import transformers
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import molora
 from molora import chat, cli, harness, provenance, routing
-from molora.adapter import describe_base, is_adapter, load, pick_device, pick_dtype, read_manifest
+from molora.adapter import describe_base, is_adapter, load, locate_base, pick_device, pick_dtype, read_manifest
 from molora.answers import check_gold, is_correct
 from molora.config import Config, LoadPrecision
 from molora.config import Data as DataConfig
@@ -40,7 +42,7 @@ from molora.data import Batch, Collate, Example, Row, read_rows
 from molora.errors import UserError
 from molora.files import file_sha256, write_text
 from molora.generate import Answer, decode, generate_tokens, prefix_cache
-from molora.journal import Journal
+from molora.journal import Journal, digest
 from molora.loss import CHUNK_ELEMENTS
 from molora.scores import METHOD, BenchResult, Results, Score, comparison, differences, groups_of
 
@@ -72,17 +74,22 @@ class Opened:
 
 
 def fingerprint(name: str | Path) -> dict[str, Any]:
-    """What decides what a model says: SHA-256 of the files in its folder, or the commit of a hub model.
-
-    An adapter's manifest fingerprints its base, so the adapter's own files are enough. Raises :class:`UserError` for a
-    model that is not there.
+    """What decides what a model reads and says: SHA-256 of the files in its folder, or the commit of a hub model; for
+    an adapter those of its base, too. Raises :class:`UserError` for a model that is not there.
     """
     folder = Path(name)
     if not folder.is_dir():
         base, _ = describe_base(Config(model_name=str(name)))
         return {"hub": str(name), "commit": getattr(base, "_commit_hash", None)}
-    names = ("*.safetensors", "*.jinja", "config.json", "molora.json", "tokenizer*.json")
-    return {path.name: file_sha256(path) for pattern in names for path in sorted(folder.glob(pattern))}
+    # More files than most tokenizers have, and some that decide nothing: one too many costs a measurement, one too few
+    # a wrong number.
+    names = ("safetensors", "json", "jinja", "model", "txt", "tiktoken", "py")
+    patterns = (*(f"*.{name}" for name in names), "additional_chat_templates/*.jinja")
+    paths = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    found: dict[str, Any] = {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
+    if is_adapter(folder):
+        found["base"] = fingerprint(locate_base(folder, read_manifest(folder)))
+    return found
 
 
 def evaluate_kept(
@@ -92,23 +99,25 @@ def evaluate_kept(
     ``folder``. ``settings`` are those of :func:`evaluate`. Raises :class:`UserError` as it does."""
     bench = Path(bench)
     rows = read_rows(bench)[:limit]
-    device = pick_device(opened.device)
-    key = {
-        "model": fingerprint(opened.name),
-        "arithmetic": [device.type, str(pick_dtype(LoadPrecision(), device))],
-        "bench": file_sha256(bench),
-        "settings": settings,
-        "measurement": MEASUREMENT,
-    }
-    journal = Journal(key, folder / f"{bench.stem}-{_digest(key)}.jsonl")
+    key = _measuring(opened) | {"bench": file_sha256(bench), "settings": settings}
+    journal = Journal(key, folder / f"{bench.stem}-{digest(key)}.jsonl")
     if not journal.finished(len(rows)):
+        journal.begin()
         evaluate(opened.model, opened.tokenizer, rows, title=title, journal=journal, **settings)
         journal.finish(len(rows))
     return _result(rows, journal)
 
 
-def _digest(key: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+def _measuring(opened: Opened) -> dict[str, Any]:
+    """What decides a measurement beside what is asked: the model, and what computes it."""
+    device = pick_device(opened.device)
+    return {
+        "model": fingerprint(opened.name),
+        "dtype": str(pick_dtype(LoadPrecision(), device)),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": [module.__version__ for module in (molora, torch, transformers, tokenizers)],
+        "measurement": MEASUREMENT,
+    }
 
 
 def evaluate(
@@ -407,7 +416,8 @@ def _harness(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]
             limit=options.limit,
             batch_size=options.batch_size,
             chat=options.lm_eval_chat,
-            answers=options.kept / f"lm-eval-{_digest(fingerprint(opened.name))}",
+            key=_measuring(opened),
+            kept=options.kept,
         )
     return results
 

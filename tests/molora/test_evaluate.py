@@ -213,6 +213,46 @@ def test_a_killed_run_goes_on_where_it_was(
     assert first.rows == whole.rows[:2]
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "vocab.json", "merges.txt", "generation_config.json", "special_tokens_map.json",
+             "chat_template.jinja", "additional_chat_templates/tools.jinja", "modeling_own.py"],
+)  # fmt: skip
+def test_fingerprint_counts_every_file_that_decides_what_a_model_reads_or_says(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "README.md").write_text("says nothing")
+    (tmp_path / name).write_text("one")
+    one = evaluate.fingerprint(tmp_path)
+    assert list(one) == [name]
+    (tmp_path / name).write_text("other")
+    assert evaluate.fingerprint(tmp_path) != one
+
+
+def test_fingerprint_of_an_adapter_counts_its_base(tiny_model_dir: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_model_dir, tmp_path / "base")
+    model, _ = load(base, device="cpu")
+    adapter = save_adapter(inject(model, {"num_experts": 2, "top_k": 1, "lora_r": 2}), tmp_path / "final")
+    before = evaluate.fingerprint(adapter)
+    (base / "generation_config.json").write_text('{"eos_token_id": [1]}')
+    assert evaluate.fingerprint(adapter) != before
+
+
+def test_measured_anew_with_other_arithmetic(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measuring() -> dict:
+        return evaluate._measuring(evaluate.Opened(tiny_model_dir, "cpu"))
+
+    before = measuring()
+    for name, value in (
+        ("pick_dtype", lambda *_: torch.float64),
+        ("pick_device", lambda _: torch.device("meta")),
+        ("transformers.__version__", "0"),
+        ("MEASUREMENT", 0),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"molora.evaluate.{name}", value)
+            assert measuring() != before
+    assert measuring() == before
+
+
 @pytest.mark.parametrize("changed", ["model", "bench", "settings"])
 def test_what_was_kept_of_something_else_is_not_used(changed: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     folder, bench = shutil.copytree(tiny_model_dir, tmp_path / "model"), write_jsonl(tmp_path / "bench.jsonl", ROWS[:2])

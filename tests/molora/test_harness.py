@@ -11,7 +11,9 @@ from molora import evaluate, harness, inject, save_adapter
 from molora.adapter import load
 from molora.errors import UserError
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'molora[eval]'")
+huggingface = pytest.importorskip(
+    "lm_eval.models.huggingface", reason="lm-eval is not installed: pip install 'molora[eval]'"
+)
 
 CHOICE = """
 task: {name}
@@ -103,7 +105,36 @@ def test_command_line(setting: tuple[Path, Path], tmp_path: Path, capsys: pytest
         assert tasks_found["local_write"]["exact_match,none"] == 0
     shown = capsys.readouterr().out
     assert "local_choice" in shown and "exact_match" in shown
-    assert len(list(kept.glob("lm-eval-*.db"))) == 2
+    assert len(list(kept.iterdir())) == 2
+
+
+def test_answers_are_kept_for_the_model_and_settings_that_gave_them(
+    setting: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, tasks = setting
+    model, tokenizer = load(adapter, device="cpu", precision="fp32")
+    asked: list[int] = []
+    for name in ("loglikelihood", "generate_until"):
+        method = getattr(huggingface.HFLM, name)
+        monkeypatch.setattr(
+            huggingface.HFLM,
+            name,
+            lambda lm, requests, method=method, **rest: (asked.append(len(requests)), method(lm, requests))[1],
+        )
+
+    def run(**changed) -> dict:
+        asked.clear()
+        settings = {"limit": 3, "key": {"model": 1}, "kept": tmp_path / "kept"} | changed
+        return harness.run(model, tokenizer, ["local_choice", "local_write"], path=tasks, **settings)
+
+    first = run()
+    assert sorted(asked) == [3, 12]
+    [file] = (tmp_path / "kept").iterdir()
+    file.write_bytes(file.read_bytes()[:-5])  # as a crash would leave it
+    assert run() == first and asked == [1]
+    for changed in ({"batch_size": 2}, {"chat": True}, {"key": {"model": 2}}):
+        run(**changed)
+        assert sorted(asked) == [3, 12]
 
 
 @pytest.mark.parametrize(

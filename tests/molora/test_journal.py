@@ -1,5 +1,6 @@
-"""A journal gives back what it was given, survives a crash, and starts anew under another key."""
+"""A journal gives back what it was given, to its own key only, after a crash and beside other processes."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,45 @@ def test_another_key_starts_anew(tmp_path: Path) -> None:
     assert Journal({"model": 2}, tmp_path / "a.jsonl").rows("loss") == {}
 
 
+def test_opening_writes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.jsonl"
+    Journal({}, path)
+    assert not path.parent.exists()
+    Journal({}, path).add("loss", {0: [1.0, 1]}, 1, 1.0)
+    torn = path.read_bytes() + b'{"key": "'
+    path.write_bytes(torn)
+    assert Journal({}, path).rows("loss") == {0: [1.0, 1]}
+    assert path.read_bytes() == torn
+
+
+def test_two_that_are_open_at_once_keep_each_others_lines(tmp_path: Path) -> None:
+    one, other = Journal({}, tmp_path / "a.jsonl"), Journal({}, tmp_path / "a.jsonl")
+    one.begin()
+    one.add("loss", {0: [1.0, 1]}, 1, 1.0)
+    other.begin()
+    other.add("loss", {1: [2.0, 1]}, 1, 1.0)
+    one.finish(1)
+    Journal({}, tmp_path / "a.jsonl")
+    one.add("loss", {2: [3.0, 1]}, 1, 1.0)
+    found = Journal({}, tmp_path / "a.jsonl")
+    assert found.rows("loss") == {0: [1.0, 1], 1: [2.0, 1], 2: [3.0, 1]} and found.finished(1)
+
+
+def test_writers_at_once(tmp_path: Path) -> None:
+    """Threads, each with an open file of its own for every line, as processes have."""
+    path = tmp_path / "a.jsonl"
+
+    def write(first: int) -> None:
+        journal = Journal({}, path)
+        for i in range(first, first + 200):
+            journal.add("loss", {i: "x" * 5000}, 1, 1.0)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, [0, 200, 400]))
+    assert Journal({}, path).rows("loss") == dict.fromkeys(range(600), "x" * 5000)
+
+
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        Journal({}, tmp_path / "file" / "a.jsonl")
+        Journal({}, tmp_path / "file" / "a.jsonl").begin()
