@@ -29,7 +29,9 @@ def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     save_adapter(model, folder)
     manifest = read_manifest(folder) | {"base_model": _BASE}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    remove(model).save_pretrained(folder / _BASE)
+    # Weights that were read quantised cannot be turned back into an older layout, and need not be.
+    as_read = getattr(model, "is_quantized", False)
+    remove(model).save_pretrained(folder / _BASE, save_original_format=not as_read)
     for place in (folder, folder / _BASE):
         tokenizer.save_pretrained(place)
     (folder / "modeling_molora.py").write_text(_CODE, encoding="utf-8")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -26,7 +26,7 @@ from molora import chat, data, routing
 from molora.adapter import base_name
 from molora.data import Row
 from molora.errors import UserError
-from molora.layers import LoraLinear
+from molora.layers import LoraLinear, is_dense
 from molora.patch import remove
 
 
@@ -116,17 +116,20 @@ def as_lora(model: PreTrainedModel, updates: dict[str, Update]) -> PreTrainedMod
 def into_base(model: PreTrainedModel, updates: dict[str, Update]) -> PreTrainedModel:
     """Add the updates to the weights of ``model``, which has no adapters (any more), in place.
 
-    The sum is rounded to the base's dtype. Raises :class:`UserError` for a base that is not stored in floating point.
+    The sum is rounded to the base's dtype. Raises :class:`UserError` for a quantised base, before anything is changed.
     """
+    linears: dict[str, Any] = {path: model.get_submodule(path) for path in updates}
+    linears = {path: getattr(linear, "base", linear) for path, linear in linears.items()}
+    for path, linear in linears.items():
+        if not is_dense(linear):
+            raise UserError(
+                f"{path} is a {type(linear).__name__} of {linear.weight.dtype}, which takes no update: merge into a "
+                "LoRA, or make base_model in the adapter's molora.json one in bf16 or fp32"
+            )
     for path, (a, b) in updates.items():
-        linear = model.get_submodule(path)
-        linear = linear.base if isinstance(linear, LoraLinear) else linear
-        weight = linear.weight
-        assert isinstance(weight, Tensor)
-        if not weight.is_floating_point():
-            raise UserError(f"{path} is stored as {weight.dtype}; load the base in bf16 or fp32 to merge into it")
+        weight: Tensor = linears[path].weight
         weight.copy_((weight.float() + b @ a).to(weight.dtype))
-        model.set_submodule(path, linear)
+        model.set_submodule(path, linears[path])
     return model
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import molora
-from molora import adapter, config
+from molora import adapter, config, convert, merge
 from molora.data import read_rows
 from molora.layers import is_dense
 from molora.trainer import Trainer
@@ -118,6 +120,40 @@ def test_a_stage_trains_beside_it_and_the_next_one_starts_from_there(
     model, _ = molora.load(second, device="cpu", precision="int4")
     assert isinstance(model.get_submodule("model.layers.0.mlp.up_proj.base"), bitsandbytes.nn.Linear4bit)
     assert any(p.any() for name, p in molora.parameter_groups(model)["lora"] if name.endswith("lora_b"))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_what_leaves_a_quantised_base(tiny_model_dir: Path, kind: str, tmp_path: Path) -> None:
+    """One that is quantised on disk: nothing is merged into it; beside it, and whole, the adapter leaves as always."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_model_dir, base)
+    quantised(tiny_model_dir, kind).save_pretrained(base)
+    model, _ = molora.load(base, "cpu", "fp32")
+    molora.save_adapter(molora.inject(model, SHAPE), folder)
+
+    def run(command: str, out: Path, *more: str) -> Path:
+        convert.main([command, str(folder), str(out), "--device", "cpu", "--precision", "fp32", *more])
+        return out
+
+    with pytest.raises(molora.UserError, match=r"Linear\w+ of torch.u?int8, which takes no update: merge into a LoRA"):
+        run("merge", tmp_path / "merged", "--into", "base")
+    assert not (tmp_path / "merged").exists()
+    assert (run("merge", tmp_path / "lora") / "adapter_model.safetensors").is_file()
+    whole = AutoModelForCausalLM.from_pretrained(run("export", tmp_path / "whole"), trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(whole(IDS).logits, model(IDS).logits)
+
+
+def test_4_bit_weights_kept_as_floating_point_are_known_for_what_they_are(tiny_model_dir: Path) -> None:
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model_dir, quantization_config=settings, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    path = "model.layers.0.mlp.up_proj"
+    assert model.get_submodule(path).weight.dtype == torch.bfloat16
+    update = merge.Update(torch.ones(2, 48), torch.ones(96, 2))
+    with pytest.raises(molora.UserError, match="Linear4bit"):
+        merge.into_base(model, {path: update})
 
 
 def test_without_bitsandbytes_the_message_names_it(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
