@@ -38,9 +38,12 @@ _log = logging.getLogger(__name__)
 
 
 def folder() -> Path:
-    """Where the entries are; the XDG variable moves it."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "molora" / "tokens"
+    """Where the entries are; the XDG variable moves it. Raises :class:`UserError` for a user without a home folder."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(cache) if cache else Path.home() / ".cache") / "molora" / "tokens"
+    except RuntimeError:
+        raise UserError("there is no home folder; set XDG_CACHE_HOME to a folder, or data.cache to false") from None
 
 
 def through(
@@ -56,7 +59,11 @@ def through(
     name = key(tokenizer, rows, max_length)
     if name is None:
         return make()
-    path = folder() / f"{name}.safetensors"
+    try:
+        path = folder() / f"{name}.safetensors"
+    except UserError as error:
+        _log.warning("warning: the tokenised rows are not cached: %s", error)
+        return make()
     try:
         tensors = _read(path)
         with suppress(OSError):  # of a cache that may only be read

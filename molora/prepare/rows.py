@@ -25,9 +25,12 @@ def question_key(text: str) -> str:
 
 
 def check_disjoint(train: Iterable[Row], bench: Iterable[Row]) -> None:
-    """Assert that no question of ``bench`` is in ``train``: a bench that was trained on measures memory."""
+    """Raise :class:`UserError` if a question of ``bench`` is in ``train``: such a bench measures memory."""
     shared = {question_key(row["prompt"]) for row in train} & {question_key(row["prompt"]) for row in bench}
-    assert not shared, f"{len(shared)} questions are in both train and bench, e.g. {sorted(shared)[:3]}"
+    if shared:
+        raise UserError(
+            f"{len(shared)} questions are in both train and bench, e.g. {sorted(shared)[:3]}; take them out of one"
+        )
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:

@@ -47,7 +47,7 @@ def test_different_questions(one: str, other: str) -> None:
 
 
 def test_check_disjoint_catches_a_leak() -> None:
-    with pytest.raises(AssertionError, match="whatisai"):
+    with pytest.raises(UserError, match=r"1 questions are in both.*whatisai"):
         rows.check_disjoint([{"prompt": "What is AI?"}], [{"prompt": "what is ai"}])
 
 

@@ -151,6 +151,19 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
     assert "not cached" in caplog.text
 
 
+def test_a_user_without_a_home_is_told_what_to_set(
+    chat_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def nobody(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)  # a container that runs under a number of its own
+    assert len(encode(chat_tokenizer)) == len(ROWS)
+    assert "not cached: there is no home folder; set XDG_CACHE_HOME" in caplog.text
+
+
 def test_a_cache_that_may_only_be_read_is_used(
     chat_tokenizer: PreTrainedTokenizerFast,
     tokenised: Count,
