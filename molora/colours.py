@@ -1,4 +1,4 @@
-"""One colour for each expert, the same on the terminal, in pictures and on pages."""
+"""One colour for each expert, or whatever else is compared: the same on the terminal, in pictures and on pages."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from molora.answers import wilson_interval
+from molora.colours import colour
 from molora.errors import UserError
 from molora.exercise.plan import LORA, ONE, TWO, WAYS, Way
 from molora.files import replacing
@@ -205,7 +206,7 @@ def draw(compared: Comparison, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("drawing needs the package matplotlib: pip install matplotlib") from None
-    colours = ("#000000", "#0072B2", "#E69F00", "#009E73")  # Okabe and Ito's: told apart by the colour-blind
+    colours = ("black", *map(colour, range(len(compared.ways))))
     labels = ["base", *(WAYS[name] for name in compared.ways)]
     figure = Figure(figsize=(9.5, 0.55 * len(labels) + 1.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -215,15 +216,15 @@ def draw(compared: Comparison, path: Path) -> None:
         (axes[1], MATHS, "maths exact match (right is better)" if exact else "maths loss per token (left is better)"),
     ):
         of = [[compared.base[bench]], *(way.final(bench) for way in compared.ways.values())]
-        for i, (results, colour) in enumerate(zip(of, colours, strict=True)):
+        for i, (results, ink) in enumerate(zip(of, colours, strict=True)):
             percent = bench == MATHS and exact
             values = [_value(result, percent) for result in results]
             if percent and len(results) == 1:  # with several seeds their spread is what there is to see
                 low, high = wilson_interval(*(results[0].exact_match() or (0, 1)))
-                ax.plot([low, high], [i, i], color=colour, linewidth=2, alpha=0.5)
+                ax.plot([low, high], [i, i], color=ink, linewidth=2, alpha=0.5)
             mean = sum(values) / len(values)
-            ax.plot([mean, mean], [i - 0.25, i + 0.25], color=colour, linewidth=3, solid_capstyle="butt")
-            ax.plot(values, [i] * len(values), "o", color=colour, markersize=6, markerfacecolor="white")
+            ax.plot([mean, mean], [i - 0.25, i + 0.25], color=ink, linewidth=3, solid_capstyle="butt")
+            ax.plot(values, [i] * len(values), "o", color=ink, markersize=6, markerfacecolor="white")
             text = f"{mean:.0%}" if percent else f"{mean:.3f}"
             ax.annotate(text, (mean, i - 0.3), ha="center", va="bottom", fontsize=9)
         ax.set_title(title, fontsize=10, loc="left")

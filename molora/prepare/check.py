@@ -17,6 +17,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from molora import chat, files
+from molora.colours import colour
 from molora.config import Data
 from molora.data import read_rows
 from molora.errors import UserError
@@ -189,35 +190,28 @@ def _share(count: int, total: int) -> str:
 def draw(reports: Sequence[FileReport], max_length: int, path: Path) -> None:
     """Histograms of lengths, one panel a file, stacked by domain, with a line where ``max_length`` cuts."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("drawing needs the package matplotlib: pip install matplotlib") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
     domains = sorted({domain for report in reports for domain in report.lengths})
-    colours = {domain: f"C{i}" for i, domain in enumerate(domains)}
     # Beyond the 99th percentile are few rows, which would press all others against the axis.
     stop = max(1.1 * max_length, *(float(np.percentile(report.all_lengths, 99)) for report in reports))
-    with plt.style.context("tableau-colorblind10"):
-        figure, panels = plt.subplots(
-            len(reports), figsize=(8, 1.2 + 1.7 * len(reports)), sharex=True, squeeze=False, layout="constrained"
+    figure = Figure(figsize=(8, 1.2 + 1.7 * len(reports)), layout="constrained")
+    panels = figure.subplots(len(reports), sharex=True, squeeze=False)[:, 0]
+    for panel, report in zip(panels, reports, strict=True):
+        panel.hist(
+            [np.minimum(lengths, stop) for lengths in report.lengths.values()],
+            bins=60,
+            range=(0, stop),
+            stacked=True,
+            color=[colour(domains.index(domain)) for domain in report.lengths],
+            label=list(report.lengths),
         )
-        for panel, report in zip(panels[:, 0], reports, strict=True):
-            panel.hist(
-                [np.minimum(lengths, stop) for lengths in report.lengths.values()],
-                bins=60,
-                range=(0, stop),
-                stacked=True,
-                color=[colours[domain] for domain in report.lengths],
-                label=list(report.lengths),
-            )
-            panel.axvline(max_length, color="black", linewidth=1, linestyle="--")
-            panel.set_title(f"{report.path.name}: {report.rows:,} rows, {_share(report.cut, report.rows)} cut", size=10)
-            panel.set_ylabel("rows")
-            panel.set_xlim(0, stop)
-            panel.legend(fontsize=8, loc="upper right")
-        panels[-1, 0].set_xlabel(f"tokens (dashed: max_length {max_length}; the last bar holds all longer rows)")
-        with files.replacing(path) as new:
-            figure.savefig(new, format=path.suffix[1:], dpi=150)
-        plt.close(figure)
+        panel.axvline(max_length, color="black", linewidth=1, linestyle="--")
+        panel.set_title(f"{report.path.name}: {report.rows:,} rows, {_share(report.cut, report.rows)} cut", size=10)
+        panel.set_ylabel("rows")
+        panel.set_xlim(0, stop)
+        panel.legend(fontsize=8, loc="upper right")
+    panels[-1].set_xlabel(f"tokens (dashed: max_length {max_length}; the last bar holds all longer rows)")
+    with files.replacing(path) as new:
+        figure.savefig(new, format=path.suffix[1:], dpi=150)
