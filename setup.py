@@ -51,7 +51,7 @@ setup(
         "quantize": ["bitsandbytes>=0.46"],
         # What benchmarks compare with. moe-peft 2.0.2 runs too, but pins an old torch: pip install --no-deps.
         "peers": ["peft>=0.21", "eulerforge==0.1.0", "mixlora==0.2.3"],
-        "docs": ["zensical>=0.0.73", "mkdocstrings[python]>=1.0"],
+        "docs": ["zensical>=0.0.67", "mkdocstrings[python]>=1.0"],
         "peft": ["peft>=0.21"],
         "track": ["tensorboard>=2.16", "wandb>=0.25"],
         "dev": [
@@ -60,7 +60,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "accelerate>=1.0",
-            "trl>=1.16",
+            "trl>=1.14",
             "peft>=0.21",
             "tensorboard>=2.16",
             "wandb>=0.25",
