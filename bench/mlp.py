@@ -157,20 +157,19 @@ def decided(exact: Problem, top_k: int) -> Tensor:
 
 def floors(shape: Shape, machine: Roofline) -> dict[str, float]:
     """What the block can cost over its frozen base, at best, as ``ratio`` has it: by arithmetic alone with all experts
-    computed and with the chosen ones only, and by the roofline of this machine."""
+    computed and with the chosen ones only, and by the roofline of this machine for each form."""
     sizes = (shape.tokens, shape.hidden, shape.intermediate, shape.experts * shape.rank)
-    parts = [
-        count(*sizes, heads=3, experts=shape.experts, itemsize=shape.itemsize)
-        for count in (cost.forward, cost.backward)
-    ]
-    base_flops, adapter_flops = (sum(part[i] for part in parts) for i in (0, 1))
-    base_ms = sum(machine.ms(part.base_flops, part.base_bytes) for part in parts)
-    adapter_ms = sum(machine.ms(part.adapter_flops, part.adapter_bytes) for part in parts)
-    return {
-        "flops_dense": round(1 + adapter_flops / base_flops, 4),
-        "flops_sparse": round(1 + adapter_flops / base_flops * shape.top_k / shape.experts, 4),
-        "roofline_dense": round(1 + adapter_ms / base_ms, 4),
-    }
+    found = {}
+    for arithmetic, form, top_k in (("flops_dense", "dense", None), ("flops_sparse", "grouped", shape.top_k)):
+        parts = [
+            count(*sizes, heads=3, experts=shape.experts, itemsize=shape.itemsize, top_k=top_k)
+            for count in (cost.forward, cost.backward)
+        ]
+        flops = sum(part.adapter_flops for part in parts) / sum(part.base_flops for part in parts)
+        base_ms = sum(machine.ms(part.base_flops, part.base_bytes) for part in parts)
+        adapter_ms = sum(machine.ms(part.adapter_flops, part.adapter_bytes) for part in parts)
+        found |= {arithmetic: round(1 + flops, 4), f"roofline_{form}": round(1 + adapter_ms / base_ms, 4)}
+    return found
 
 
 # --- the command -------------------------------------------------------------------------------------------------

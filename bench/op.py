@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,12 @@ from bench.problem import Problem, Shape, problem
 from molora_kernels.grouped_lora import cost as grouped_cost
 from molora_kernels.router import cost as router_cost
 
-Count = tuple[float, float]
-"""Of the forward, of the backward."""
+
+class Part(NamedTuple):
+    """What a forward or a backward costs."""
+
+    bytes: int
+    flops: int
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ Forward = Callable[[Inputs], Callable[[Tensor], Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """An operation at a shape: ``inputs(tokens)``, ways to compute it, and what it costs."""
+    """An operation at a shape: ``inputs(tokens)``, ways to compute it, and what ours cost."""
 
     inputs: Callable[[int], Inputs]
     ways: dict[str, Forward]
@@ -61,14 +65,16 @@ class Case:
     outputs: tuple[str, ...]
     kinds: tuple[str, ...]
     """Of the leaves."""
-    flops: Count
-    bytes: Count
+    costs: dict[str, tuple[Part, Part]]
+    """Of ways, forward and backward."""
 
 
 def variant(case: Case, way: Forward, inputs: Inputs) -> Variant:
     def named(gradients: list[Tensor]) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = {}
-        for kind, gradient in zip(case.kinds, gradients, strict=True):
+        for kind, leaf, gradient in zip(case.kinds, inputs.leaves, gradients, strict=True):
+            if kind == "dgates":  # the gradient of a gate that was not chosen differs between forms, and is not used
+                gradient = gradient.where(leaf != 0, 0.0)
             found.setdefault(kind, []).append(gradient)
         return found
 
@@ -110,11 +116,11 @@ def router_case(shape: Shape) -> Case:
 
     sizes = (shape.tokens, shape.hidden, 2, shape.experts)
     forward, backward = (
-        router_cost.bytes_and_flops(*sizes, x_bytes=shape.itemsize, backward=back) for back in (False, True)
+        Part(*router_cost.bytes_and_flops(*sizes, x_bytes=shape.itemsize, backward=back)) for back in (False, True)
     )
     return Case(
         inputs, {"eager router": eager, "molora": molora}, _by_reference(molora), "eager router", ("gates", "sums"),
-        ("dW", "db"), (forward.flops, backward.flops), (forward.bytes, backward.bytes),
+        ("dW", "db"), {"molora": (forward, backward)},
     )  # fmt: skip
 
 
@@ -158,6 +164,15 @@ def grouped_case(shape: Shape, features: int, outputs: tuple[int, ...], *, route
         a, b, gates = parts(i)
         return lambda x: mk.grouped_lora(x, i.weights, a, b, scaling=scaling, gates=gates)
 
+    def grouped(i: Inputs) -> Callable[[Tensor], Any]:
+        a, b, gates = parts(i)
+
+        def forward(x: Tensor) -> Any:
+            with mk.use_form("grouped"):
+                return mk.grouped_lora(x, i.weights, a, b, scaling=scaling, gates=gates, top_k=shape.top_k)
+
+        return forward
+
     def eager(i: Inputs) -> Callable[[Tensor], Any]:
         lora_a, lora_b, gates = parts(i)
 
@@ -172,20 +187,28 @@ def grouped_case(shape: Shape, features: int, outputs: tuple[int, ...], *, route
 
         return forward
 
-    heads = count if routed else 0
-    forward, backward = (
-        of(shape.tokens, features, outputs, count * total, heads=heads, experts=experts, itemsize=shape.itemsize)
-        for of in (grouped_cost.forward, grouped_cost.backward)
-    )
+    def cost(top_k: int | None) -> tuple[Part, Part]:
+        sizes: dict[str, Any] = dict(heads=count if routed else 0, experts=experts, itemsize=shape.itemsize)
+        forward, backward = (
+            of(shape.tokens, features, outputs, count * total, top_k=top_k, **sizes)
+            for of in (grouped_cost.forward, grouped_cost.backward)
+        )
+        return (
+            Part(forward.base_bytes + forward.adapter_bytes, forward.base_flops + forward.adapter_flops),
+            Part(backward.base_bytes + backward.adapter_bytes, backward.base_flops + backward.adapter_flops),
+        )
+
+    ways, costs = {"frozen linears": frozen, "molora": molora}, {"molora": cost(None)}
+    if routed and shape.top_k < experts:
+        ways["molora grouped"], costs["molora grouped"] = grouped, cost(shape.top_k)
     return Case(
         inputs,
-        {"frozen linears": frozen, "molora": molora, "dense eager": eager},
+        {**ways, "dense eager": eager},
         _by_reference(molora),
         "dense eager",
         tuple(f"y{g}" for g in range(count)),
         ("dA",) * count + ("dB",) * count + ("dgates",) * routed,
-        (forward.base_flops + forward.adapter_flops, backward.base_flops + backward.adapter_flops),
-        (forward.base_bytes + forward.adapter_bytes, backward.base_bytes + backward.adapter_bytes),
+        costs,
     )
 
 
@@ -248,12 +271,12 @@ def measured(case: Case, shape: Shape, machine: Roofline, rounds: int, warmup: i
     if base in built:
         rows = measure.rows(built, inputs.x, inputs.upstream, inputs.weights, base=base, rounds=rounds, warmup=warmup)
     for row in rows:
-        if row["variant"] == "molora":
-            row["gflop"] = [round(1e-9 * f, 3) for f in case.flops]
-            row["gbyte"] = [round(1e-9 * b, 4) for b in case.bytes]
-            least = [machine.ms(f, b) for f, b in zip(case.flops, case.bytes, strict=True)]
+        if (costs := case.costs.get(row["variant"])) is not None:
+            row["gflop"] = [round(1e-9 * part.flops, 3) for part in costs]
+            row["gbyte"] = [round(1e-9 * part.bytes, 4) for part in costs]
+            least = [machine.ms(part.flops, part.bytes) for part in costs]
             row["floor_ms"] = [round(ms, 3) for ms in least]
-            row["spent"] = measure.spent(built["molora"], inputs.x, inputs.upstream)
+            row["spent"] = measure.spent(built[row["variant"]], inputs.x, inputs.upstream)
             row["share"] = [round(ms / row[part], 3) for ms, part in zip(least, ("fwd_ms", "bwd_ms"), strict=True)]
     return {"base": base, "rows": rows, "not_measured": {}, "wrong": wrong}
 

@@ -25,10 +25,11 @@ STYLES = {
 }
 FLOORS = {
     "roofline_dense": ("roofline, all experts", "-", "#d2d2d2", 4.5),
+    "roofline_grouped": ("roofline, chosen experts", ":", "#d2d2d2", 4.5),
     "flops_dense": ("arithmetic of all experts", "--", "#777777", 1.2),
     "flops_sparse": ("arithmetic of the chosen experts", ":", "#777777", 1.4),
 }
-"""Where all is bound by arithmetic the first two are one; hence the wide pale line below the narrow one."""
+"""Where all is bound by arithmetic roofline and arithmetic are one; hence the wide pale lines below the narrow ones."""
 TICKS = (1.0, 1.1, 1.2, 1.35, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
 LABELS = {"tokens": "tokens", "experts": "experts E", "rank": "rank r", "top_k": "experts chosen k", "layers": "layers"}
 
@@ -85,7 +86,7 @@ def _panel(ax: Axes, sweep: Result) -> None:
             label="molora: what the rule takes" if variant == "molora" else variant,
         )  # fmt: skip
     for key, (label, dashes, grey, width) in FLOORS.items():
-        floor = [run["floors"][key] for run in runs if "floors" in run]
+        floor = [run["floors"][key] for run in runs if key in run.get("floors", ())]
         if floor:
             ax.plot(values, floor, color=grey, linestyle=dashes, linewidth=width, label=label, zorder=1)
     ax.set_xscale("log", base=2)

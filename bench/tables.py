@@ -143,24 +143,26 @@ def ops(device: str, dtype: str) -> Callable[[Results], str]:
             return f"{NOT_MEASURED.capitalize()} yet.\n"
         rows = []
         for name, case in result["cases"].items():
-            ours, base = _row(case, "molora"), case["rows"][0] if case["rows"] else None
-            if ours is None or base is None:
-                rows.append([name, "", *[NOT_MEASURED] * 7])
-                continue
-            for i, (part, ms) in enumerate((("forward", "fwd_ms"), ("backward", "bwd_ms"))):
-                rows.append(
-                    [
-                        name,
-                        part,
-                        f"{ours['gflop'][i]:.1f}",
-                        f"{1e3 * ours['gbyte'][i]:.0f}",
-                        f"{ours['floor_ms'][i]:.2f}",
-                        f"{ours[ms]:.2f}",
-                        f"{100 * ours['share'][i]:.0f} %",
-                        f"{base['variant']} {base[ms]:.2f}",
-                        "" if i else ", ".join(f"{key} {100 * part:.0f} %" for key, part in ours["spent"].items()),
-                    ]
-                )
+            base, ours = case["rows"][:1], [row for row in case["rows"] if "floor_ms" in row]
+            if not (ours and base):
+                rows.append([name, *[""] * 2, *[NOT_MEASURED] * 7])
+            for row in ours:
+                form = "chosen experts" if row["variant"] == "molora grouped" else ""
+                for i, (part, ms) in enumerate((("forward", "fwd_ms"), ("backward", "bwd_ms"))):
+                    rows.append(
+                        [
+                            name,
+                            form,
+                            part,
+                            f"{row['gflop'][i]:.1f}",
+                            f"{1e3 * row['gbyte'][i]:.0f}",
+                            f"{row['floor_ms'][i]:.2f}",
+                            f"{row[ms]:.2f}",
+                            f"{100 * row['share'][i]:.0f} %",
+                            f"{base[0]['variant']} {base[0][ms]:.2f}",
+                            "" if i else ", ".join(f"{key} {100 * part:.0f} %" for key, part in row["spent"].items()),
+                        ]
+                    )
         shape, machine = result["shape"], result["roofline"]
         size = f"T = {shape['tokens']}, hidden {shape['hidden']}, intermediate {shape['intermediate']}"
         head = (
@@ -169,6 +171,7 @@ def ops(device: str, dtype: str) -> Callable[[Results], str]:
         )
         heads = [
             "operation",
+            "",
             "",
             "GFLOP",
             "MB",

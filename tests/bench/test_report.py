@@ -53,7 +53,7 @@ def synthetic_sweep(over: str) -> dict[str, Any]:
         names = ("frozen base", "molora", "molora dense", "molora grouped")
         rows = [ROW | {"variant": name, "ratio": 1 + 0.1 * i * value} for i, name in enumerate(names)]
         rows[3]["total_ms"] = 2.0
-        floors = {"flops_dense": 1.2, "flops_sparse": 1.1, "roofline_dense": 1.3}
+        floors = {"flops_dense": 1.2, "flops_sparse": 1.1, "roofline_dense": 1.3, "roofline_grouped": 1.4}
         run = {"shape": shape, "rows": rows, "chosen_form": "dense", "floors": floors}
         runs.append(run)
     return {"op": "sweep", "over": over, "threads": 1, "runs": runs}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from lora_cases import LoraCase, check, lora_inputs, results
 from torch import Tensor
+
+from molora_kernels.grouped_lora import cost
 
 pytest.importorskip("triton")
 sets = importlib.import_module("molora_kernels.grouped_lora.sets")
@@ -125,6 +129,57 @@ def test_only_what_is_needed_is_computed(need: tuple[bool, bool, bool], device: 
     for place, needed in zip((0, 1, 3), need, strict=True):
         assert torch.equal(some[place], everything[place]) if needed else some[place].numel() == 0
     assert len(some[2]) == (2 if need[1] else 0)
+
+
+def test_cost_counts_every_launch(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    T, K, N, E, k, r = 40, 24, (16, 32), 4, 2, 4
+    found = {"flops": 0, "elements": 0}
+
+    def counted(module: object, name: str, count: Callable[..., tuple[int, int]]) -> None:
+        original = getattr(module, name)
+
+        def counting(*args: Any, **options: Any) -> Any:
+            flops, elements = count(*args, **options)
+            found["flops"] += flops
+            found["elements"] += elements
+            return original(*args, **options)
+
+        monkeypatch.setattr(module, name, counting)
+
+    def shrink(x: Tensor, a: Tensor, _: Any, s: Tensor, *rest: Any) -> tuple[int, int]:
+        return 2 * s.numel() * x.shape[1], x.numel() + a.numel() + s.numel()
+
+    def expand(s: Tensor, b: Tensor, _: Any, y: Tensor, *, add: bool = False, **rest: Any) -> tuple[int, int]:
+        return 2 * s.numel() * y.shape[1], s.numel() + b.numel() + (1 + add) * y.numel()
+
+    def weights(x: Tensor, left: Tensor, *rest: Any, **more: Any) -> tuple[int, int]:
+        in_fp32 = 2 * E * r * x.shape[1]  # as elements of 16 bits
+        return 2 * left.numel() * x.shape[1], k * x.numel() + left.numel() + in_fp32
+
+    counted(grouped, "_shrink", shrink)
+    counted(grouped, "_expand", expand)
+    counted(grouped, "_weight_grads", weights)
+    counted(grouped.gating, "gate", lambda s, *_: (0, 2 * s.numel()))
+    counted(grouped.gating, "gate_backward", lambda _, s, *__, **___: (0, 4 * s.numel()))
+    inputs = lora_inputs(LoraCase(T=T, K=K, N=N, E=E, r=r, H=2, chosen=k), torch.float16, device)
+    results(inputs, "triton", "grouped")
+
+    sizes = dict(heads=2, experts=E, top_k=k)
+    forward, backward = (of(T, K, N, E * r * len(N), **sizes) for of in (cost.forward, cost.backward))
+    assert found["flops"] == forward.adapter_flops + backward.adapter_flops
+    narrow = 12 * T * 2 * k  # gates, and their gradients
+    narrow += cost._sorting(T, 2, **sizes) + cost._sorting(T, 2, **sizes, sums=2)
+    again = T * sum(N) + T * K  # y and dx, which the frozen projections add to
+    assert 2 * (found["elements"] + again) + narrow == forward.adapter_bytes + backward.adapter_bytes
+
+
+def test_cost_is_that_of_the_chosen_experts_and_of_the_rows_that_they_move() -> None:
+    dense, by_set = (cost.forward(8192, 3072, (8192,), 32 * 32, heads=1, experts=32, top_k=k) for k in (None, 2))
+    assert dense.adapter_flops == 16 * by_set.adapter_flops
+    assert by_set.base_flops == dense.base_flops and by_set.base_bytes == dense.base_bytes
+    # Rows by set move once, as dense ones do; those of the weight gradients once for each expert of their token.
+    one, two = (cost.backward(8192, 3072, (8192,), 1024, heads=1, experts=32, top_k=k).adapter_bytes for k in (1, 2))
+    assert two - one > 2 * 8192 * (3072 + 8192)
 
 
 def test_more_experts_than_a_set_has_bits_is_explained(device: torch.device) -> None:
