@@ -1,7 +1,8 @@
 """Generation with a KV cache: milliseconds a token of a patched model over its base, in turn in one run.
 
-Both write the same number of tokens greedily from the same prompts, with transformers' own ``generate``; the patched
-model's experts hold random tensors, so that nothing in it is zero. One row a batch size: the tokens of a forward.
+Both write the same number of tokens greedily after the same prompts, with transformers' own ``generate``; the patched
+model's experts hold random tensors, so that nothing in it is zero. One row a batch size: the tokens of a forward. The
+prompt's forward is timed apart. Peak memory is that of a CUDA device; nothing counts it on a CPU.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import time
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
 import molora
-from bench import record
+from bench import measure, record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8], help="rows at a time")
     parser.add_argument("--tokens", type=int, default=16, help="written after a prompt of as many")
     parser.add_argument("--lora-r", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch, on a CPU")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
@@ -35,41 +37,80 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     base, _ = molora.load(options.model, options.device, options.precision)
     patched = molora.inject(copy.deepcopy(base), {"lora_r": options.lora_r, "init_b_std": 0.02}).eval()
+    models = {"base": base, "molora": patched}
     rows = []
     for batch in options.batch:
-        times: dict[str, list[float]] = {"base": [], "molora": []}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
         for round_ in range(-1, options.rounds):
-            for name, model in (("base", base), ("molora", patched)):
+            for name, model in models.items():
                 took = _generate(model, batch, options.tokens)
                 if round_ >= 0:
-                    times[name].append(1e3 * took / options.tokens)
-        ratios = [m / b for m, b in zip(times["molora"], times["base"], strict=True)]
-        row: dict[str, Any] = {"batch": batch, "ratio": statistics.median(ratios), "ratios": sorted(ratios)}
-        row |= {f"{name}_ms": statistics.median(each) for name, each in times.items()}
+                    times[name].append(took)
+        row: dict[str, Any] = {"batch": batch}
+        for i, part in enumerate(("prompt", "token")):
+            each = {name: [took[i] for took in rounds] for name, rounds in times.items()}
+            ratio, low, high = measure.median_ratio(each["molora"], each["base"])
+            row[part] = {
+                "ratio": round(ratio, 3),
+                "ratio_quartiles": [round(low, 3), round(high, 3)],
+                **{f"{name}_ms": round(statistics.median(ms), 2) for name, ms in each.items()},
+            }
+        if base.device.type == "cuda":
+            row["peak_mib"] = {name: _peak_mib(model, batch, options.tokens) for name, model in models.items()}
         rows.append(row)
-        print(
-            f"batch {batch}: {row['molora_ms']:.2f} ms a token, base {row['base_ms']:.2f}, ratio {row['ratio']:.2f} "
-            f"({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+        for part in ("token", "prompt"):
+            of = row[part]
+            low, high = of["ratio_quartiles"]
+            print(
+                f"batch {batch}, {part}: {of['molora_ms']:.2f} ms, base {of['base_ms']:.2f}, "
+                f"ratio {of['ratio']:.2f} ({low:.2f} to {high:.2f})"
+            )
     if options.json:
-        dtype = str(base.dtype).removeprefix("torch.")
-        shape = {"tokens": options.tokens, "lora_r": options.lora_r, "threads": options.threads, "dtype": dtype}
-        record.write(options.json, {"op": "decode", **shape, "rows": rows})
+        shape = {
+            "model": base.config.name_or_path, "dtype": str(base.dtype).removeprefix("torch."),
+            "device": base.device.type, "tokens": options.tokens, "lora_r": options.lora_r,
+            "weights_mib": {name: _weights_mib(model) for name, model in models.items()},
+        }  # fmt: skip
+        result = {"op": "decode", "threads": options.threads, "shape": shape, "rounds": options.rounds, "rows": rows}
+        record.write(options.json, result)
     return 0
 
 
-def _generate(model: PreTrainedModel, batch: int, tokens: int) -> float:
-    """Seconds for ``tokens`` tokens of ``batch`` rows, their prompts read before."""
+class _Clock(StoppingCriteria):
+    """Notes when each token was there."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        self.note(input_ids.device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def note(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.seconds.append(time.perf_counter())
+
+
+def _generate(model: PreTrainedModel, batch: int, tokens: int) -> tuple[float, float]:
+    """Milliseconds until the first token of ``batch`` rows, and for each that follows."""
     prompt = torch.arange(batch * tokens, device=model.device).view(batch, tokens) % model.config.vocab_size
     config = GenerationConfig(do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
+    clock = _Clock()
     generate: Any = model.generate
-    _synchronize(model)
-    start = time.perf_counter()
-    generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
-    _synchronize(model)
-    return time.perf_counter() - start
+    clock.note(model.device)
+    generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config, stopping_criteria=[clock])
+    start, first, *_, last = clock.seconds
+    return 1e3 * (first - start), 1e3 * (last - first) / (tokens - 1)
 
 
-def _synchronize(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+def _peak_mib(model: PreTrainedModel, batch: int, tokens: int) -> float:
+    """Most MiB that generation holds on a CUDA device beyond what was there before it."""
+    before = torch.cuda.memory_allocated(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    _generate(model, batch, tokens)
+    return round((torch.cuda.max_memory_allocated(model.device) - before) / measure.MIB, 1)
+
+
+def _weights_mib(model: PreTrainedModel) -> float:
+    return round(sum(parameter.nbytes for parameter in model.parameters()) / measure.MIB, 1)

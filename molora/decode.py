@@ -1,13 +1,10 @@
 """Projections with experts for a few tokens, as generation with a KV cache asks for them, one token a forward.
 
-There the time goes into starting operations and into reading weights. So what :mod:`molora_kernels` does anew at each
-call is kept here from token to token: the adapters in the dtype of the base, scaled and beside each other, and the
-routers of one input as one matrix. No sums for router losses, no gradient. The kept copies are made again when a
-parameter has changed (its address or its version: a change in place through ``.data`` has neither), and dropped when
-the layer computes anything but a few tokens. Nothing is kept while a parameter has a gradient: a fused optimizer, which
-may step at any time then, does not count versions up.
+There the time goes into starting operations and into reading weights, so nothing is copied, joined or cast but the
+input: the fp32 masters are multiplied as they are, which is also nearer to the definition than copies of them in the
+dtype of a 16-bit base. All experts are computed; no sums for router losses, no gradient.
 
-Shape letters: T tokens, G projections of one input, H routers, E experts, r rank of one expert.
+Shape letters: T tokens, K input features, N output features, H routers, E experts, r rank of one expert.
 """
 
 from __future__ import annotations
@@ -26,68 +23,59 @@ if TYPE_CHECKING:
 MOST_TOKENS = 16
 """Above it the arithmetic counts for more than what is saved here."""
 
+SMALL = 1 << 16
+"""Elements of a weight below which starting a product takes longer than the product."""
+
 
 def serves(x: Tensor, projection: LoraLinear, ledger: Ledger | None) -> bool:
-    """Whether ``x`` (..., K), the input of ``projection``, is for this module: few tokens, no gradient to come, no
-    dropout, nobody who records what routers do, and routers without a selection bias."""
+    """Whether ``x`` (..., K), the input of ``projection``, is for this module: few tokens, no wider than the masters,
+    no gradient to come, no dropout, nobody who records what routers do, and routers without a selection bias."""
     if torch.is_grad_enabled() or x.numel() > MOST_TOKENS * x.shape[-1]:
         return False
     if ledger is not None and (ledger.current is not None or ledger.selection_bias):
+        return False
+    masters = projection.lora_a.dtype
+    if x.dtype != masters and torch.promote_types(x.dtype, masters) != masters:
         return False
     dropout = projection.training and projection.dropout > 0
     return not (dropout or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type))
 
 
-class Kept:
-    """Copies of the parameters of projections that read one input, and of their routers: one for each, one for all, or
-    none."""
+def few_tokens(
+    x: Tensor, projections: Sequence[LoraLinear], routers: Sequence[Router], top_k: int, gates: Tensor | None = None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Outputs (..., N) of projections that read ``x`` (..., K), and the gates (H, T, E) that weighed their experts:
+    those of ``routers``, or if there are none the ``gates`` given."""
+    x_TK = x.reshape(-1, x.shape[-1]).to(projections[0].lora_a.dtype)
+    if routers:
+        gates = _route(x_TK, routers, top_k)
+    gates_TE1 = [] if gates is None else gates.unsqueeze(-1).unbind()
+    outputs = []
+    for i, projection in enumerate(projections):
+        s = _product(x_TK, projection.lora_a)
+        if gates_TE1:
+            g = gates_TE1[i % len(gates_TE1)]  # the one router's, or each its own
+            s = (s.view(*g.shape[:2], -1) * g).reshape(s.shape)
+        added = _product(s, projection.lora_b)
+        y = projection.base(x)
+        outputs.append(y.add_(added.view(y.shape), alpha=projection.scaling))
+    return outputs, gates
 
-    def __init__(self) -> None:
-        self._made_from: object = None
 
-    def __call__(
-        self,
-        x: Tensor,
-        projections: Sequence[LoraLinear],
-        routers: Sequence[Router],
-        top_k: int,
-        gates: Tensor | None = None,
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Outputs (..., N) of each projection, and the gates (T, H, E) that weighed the experts: those of ``routers``,
-        or if there are none the ``gates`` given."""
-        sources = [t for p in projections for t in (p.lora_a, p.lora_b)]
-        sources += [t for r in routers for t in (r.weight, r.bias)]
-        made_from = (x.dtype, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources))
-        in_training = any(t.grad is not None for t in sources)
-        if in_training or made_from != self._made_from:
-            self._make(x.dtype, projections, routers)
-            self._made_from = None if in_training else made_from
-        x_TK = x.reshape(-1, x.shape[-1])
-        if routers:
-            gates = self._route(x_TK, len(routers), top_k)
-        s = F.linear(x_TK, self._a)
-        if gates is not None:
-            s = s.view(len(s), len(projections), gates.shape[-1], -1)
-            s = (s * gates.to(s.dtype).unsqueeze(-1)).view(len(s), -1)
-        outputs = [
-            torch.addmm(projection.base(x_TK), part, b).view(*x.shape[:-1], -1)
-            for projection, part, b in zip(projections, s.chunk(len(projections), dim=-1), self._b, strict=True)
-        ]
-        return outputs, gates
+def _product(x_TK: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T``. A large weight comes first, the rows of x its columns, two or more: with few rows and with one column
+    this takes two to three times as long on a CPU (MKL, 2 threads)."""
+    if weight.numel() < SMALL:
+        return F.linear(x_TK, weight)
+    if x_TK.shape[0] == 1:
+        return torch.mm(weight, x_TK.expand(2, -1).contiguous().T)[:, 0].unsqueeze(0)
+    return torch.mm(weight, x_TK.contiguous().T).T
 
-    def _make(self, dtype: torch.dtype, projections: Sequence[LoraLinear], routers: Sequence[Router]) -> None:
-        self._a = torch.cat([p.lora_a for p in projections]).to(dtype)  # (G E r, K)
-        self._b = [(p.lora_b * p.scaling).to(dtype).T.contiguous() for p in projections]  # (E r, N)
-        if routers:
-            wide = torch.promote_types(dtype, torch.float32)
-            self._router_weight = torch.cat([r.weight for r in routers]).to(wide)  # (H E, K)
-            self._router_bias = torch.cat([r.bias for r in routers]).to(wide)
 
-    def _route(self, x_TK: Tensor, heads: int, top_k: int) -> Tensor:
-        logits = F.linear(x_TK.to(self._router_weight.dtype), self._router_weight, self._router_bias)
-        logits = logits.view(len(x_TK), heads, -1)
-        # Stable, so that of equal logits the first expert is chosen, as everywhere.
-        best, chosen = logits.sort(dim=-1, descending=True, stable=True)
-        best, chosen = best[..., :top_k], chosen[..., :top_k]
-        of_chosen = logits.softmax(-1).gather(-1, chosen) if top_k == 1 else best.softmax(-1)
-        return torch.zeros_like(logits).scatter_(-1, chosen, of_chosen)
+def _route(x_TK: Tensor, routers: Sequence[Router], top_k: int) -> Tensor:
+    logits = torch.stack([F.linear(x_TK, router.weight, router.bias) for router in routers])
+    # Stable, so that of equal logits the first expert is chosen, as everywhere.
+    best, chosen = logits.sort(dim=-1, descending=True, stable=True)
+    best, chosen = best[..., :top_k], chosen[..., :top_k]
+    of_chosen = logits.softmax(-1).gather(-1, chosen) if top_k == 1 else best.softmax(-1)
+    return torch.zeros_like(logits).scatter_(-1, chosen, of_chosen)

@@ -119,7 +119,6 @@ class SharedInput:
         self.members = members
         self.ledger: routing.Ledger | None = None
         self.rows = slice(0, 0)
-        self._kept: decode.Kept | None = None
         self._forget()
 
     def __call__(self, member: LoraLinear, x: Tensor) -> Tensor:
@@ -147,16 +146,14 @@ class SharedInput:
         self._waiting: dict[int, Tensor] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        """What copies and pickles keep: not the outputs that wait, which belong to a graph, nor kept parameters."""
-        return self.__dict__ | {"_x": None, "_state": None, "_waiting": {}, "_kept": None}
+        """What copies and pickles keep: not the outputs that wait, which belong to a graph."""
+        return self.__dict__ | {"_x": None, "_state": None, "_waiting": {}}
 
     def _compute(self, x: Tensor) -> list[Tensor]:
         first = self.members[0]
         routers = [m.router for m in self.members if m.router is not None]
         if decode.serves(x, first, self.ledger):
-            self._kept = self._kept or decode.Kept()
-            return self._kept(x, self.members, routers, self.ledger.top_k if self.ledger else 1)[0]
-        self._kept = None
+            return decode.few_tokens(x, self.members, routers, self.ledger.top_k if self.ledger else 1)[0]
         gates = routed = None
         if routers:
             assert self.ledger is not None
@@ -210,10 +207,9 @@ class LoraMLP(nn.Module):
         self.router = router
         self.ledger: routing.Ledger | None = None
         self.rows = slice(0, 0)
-        self._kept: tuple[decode.Kept, decode.Kept] | None = None
 
     def projections(self) -> list[LoraLinear]:
-        return [self.get_submodule(name) for name in self.names]  # type: ignore[misc] # LoraLinear, by construction
+        return [self._modules[name] for name in self.names]  # type: ignore[misc] # LoraLinear, by construction
 
     def routers(self) -> list[Router]:
         if self.router is not None:
@@ -224,7 +220,6 @@ class LoraMLP(nn.Module):
         gate, up, down = self.projections()
         if decode.serves(x, gate, self.ledger):
             return self._few_tokens(x, gate, up, down)
-        self._kept = None
         record = None if self.ledger is None else self.ledger.current
         dropout = gate.dropout if self.training else 0.0
         out = molora_kernels.mlp_block(
@@ -244,12 +239,10 @@ class LoraMLP(nn.Module):
         return routing.collect(self.ledger, self.rows, out.y, out.sums, out.counts, out.gates)
 
     def _few_tokens(self, x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear) -> Tensor:
-        self._kept = self._kept or (decode.Kept(), decode.Kept())
-        routers = self.routers()
-        top_k = self.ledger.top_k if self.ledger else 1
-        (h_gate, h_up), gates = self._kept[0](x, [gate, up], routers[:2], top_k)
+        routers, top_k = self.routers(), self.ledger.top_k if self.ledger else 1
+        (h_gate, h_up), gates = decode.few_tokens(x, [gate, up], routers[:2], top_k)
         h = functional.silu(h_gate) * h_up
-        return self._kept[1](h, [down], routers[2:], top_k, gates)[0][0]
+        return decode.few_tokens(h, [down], routers[2:], top_k, gates)[0][0]
 
 
 def _biases(members: list[LoraLinear]) -> list[Tensor]:
