@@ -28,10 +28,13 @@ from molora import inject, parameter_groups, routing
 from molora.config import Injection, LoadBalance, MoE
 from molora.data import Batch
 from molora.loss import causal_lm_loss
+from molora.patch import compile_layers
 from molora.trainer import checkpoint_activations
 from molora_kernels.grouped_lora.dispatch import Form
 
 BASE = "frozen base"
+COMPILED = ", compiled"
+"""Ends the name of a variant whose decoder layers went through ``torch.compile``, as ``model.compile`` asks for."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -246,10 +249,13 @@ def fault(name: str, shape: Shape) -> str | None:
     layers = min(2, shape.layers or given["num_hidden_layers"])
     small = replace(shape, layers=layers, rows=2, length=32, dtype="fp32", dropout=0.0, checkpointing="none")
     base, batch = base_model(small, vocabulary=512), batch_of(small, vocabulary=512)
+    plain = name.removesuffix(COMPILED)
     torch.manual_seed(shape.seed)
-    step = STEPS[name](base, small)
+    step = STEPS[plain](base, small)
     torch.manual_seed(shape.seed)
-    eager, adapters = reference(name, step, base, small)
+    eager, adapters = reference(plain, step if name == plain else STEPS[plain](base, small), base, small)
+    if name != plain:
+        compile_layers(step.model)
     found = _results(step, batch, adapters)
     with mk.use_backend("reference"):
         allowed = _results(eager, batch, adapters)
@@ -311,12 +317,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, type=type(default), default=default, choices=choices.get(name))
     add_run_arguments(parser)
     parser.add_argument("--only", nargs="+", choices=list(STEPS), help="beside the frozen base")
+    parser.add_argument(
+        "--compile", action="store_true", help="base and molora through torch.compile too: minutes more"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     shape = Shape(**{name: getattr(options, name) for name in asdict(Shape())})
     torch.set_num_threads(options.threads)
-    result = measured(shape, options.only, options.rounds, options.warmup)
+    result = measured(shape, options.only, options.rounds, options.warmup, options.compile)
     title = f"training step, {shape.model}, {shape.dtype}, {shape.rows} x {shape.length} tokens, {shape.device}"
     record.show(title, result)
     if options.json:
@@ -324,9 +333,13 @@ def run(options: argparse.Namespace) -> int:
     return 1 if result["wrong"] else 0
 
 
-def measured(shape: Shape, only: Sequence[str] | None, rounds: int, warmup: int) -> dict[str, Any]:
+def measured(
+    shape: Shape, only: Sequence[str] | None, rounds: int, warmup: int, compiled: bool = False
+) -> dict[str, Any]:
     """Check, then time: the part of a result that is about one shape."""
     names = [name for name in STEPS if not only or name in (BASE, *only)]
+    if compiled:
+        names += [name + COMPILED for name in (BASE, "molora")]
     absent: dict[str, str] = {}
     wrong: dict[str, str] = {}
     for name in names:
@@ -335,13 +348,16 @@ def measured(shape: Shape, only: Sequence[str] | None, rounds: int, warmup: int)
                 wrong[name] = found
         except peers.Absent as reason:
             absent[name] = str(reason)
+    torch.compiler.reset()  # a second shape would make the graphs of the first dynamic
     base, batch = base_model(shape), batch_of(shape)
     steps: dict[str, Step] = {}
     for name in names:
         if name not in absent and name not in wrong:
-            steps[name] = STEPS[name](base, shape)
+            steps[name] = STEPS[name.removesuffix(COMPILED)](base, shape)
             steps[name].model.enable_input_require_grads()
             checkpoint_activations(steps[name].model, shape.checkpointing)
+            if name.endswith(COMPILED):
+                compile_layers(steps[name].model)
     rows = []
     if BASE in steps:
         variants = {name: step.variant(batch) for name, step in steps.items()}
