@@ -67,7 +67,7 @@ def weight_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability) -> 
         return Tiles(block_t=16, block_k=32, block_n=block_p, num_warps=4, num_stages=2)
     if _reads_shared_memory(capability):
         return _staged(64, 64 if block_p == MAX_P else 128, block_p, 4 * Q, 8, capability)
-    block_k = 64 if block_p == MAX_P or Q else 128
+    block_k = 64 if block_p in (MIN_DOT, MAX_P) or Q else 128  # the narrowest spills beside 128 in Triton 3.6
     if Q > MIN_DOT and dtype == torch.float16:
         block_k = 32
     return _staged(32, block_k, block_p, 4 * Q, 8 if block_k * block_p > 64 * 128 else 4, capability)
