@@ -16,6 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from molora import cli, config, data, distributed, metrics, train
 from molora.errors import UserError
@@ -241,6 +243,18 @@ def test_a_gradient_that_is_not_finite_in_one_process_skips_the_step_in_all(para
     assert re.search(
         r"gradient of model.* is not finite; rows .*rows.jsonl:\d+, .*; the step is skipped", told["warning"]
     )
+
+
+def test_what_is_gathered_lies_in_the_first_process_alone() -> None:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        spread = distribute_tensor(torch.arange(6.0), init_device_mesh("cpu", (1,)), [Shard(0)])
+        tree = {"moments": [spread], "step": 3}
+        first, other = (distributed.whole(tree, distributed.World(rank=rank, size=2)) for rank in (0, 1))
+        assert torch.equal(first["moments"][0], torch.arange(6.0))
+        assert (other["moments"][0].numel(), other["step"]) == (0, 3)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_no_row_is_seen_twice_and_none_is_left_out() -> None:
