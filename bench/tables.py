@@ -92,6 +92,49 @@ def speed_cpu(results: Results) -> str:
     return _table([head, *found, "saved for backward, fp32"], rows)
 
 
+def generation(device: str, dtype: str) -> Callable[[Results], str]:
+    """Milliseconds a token with a KV cache, and of the prompt before it."""
+
+    def block(results: Results) -> str:
+        result = results.get(f"decode-{device}-{dtype}")
+        if result is None:
+            return f"{NOT_MEASURED.capitalize()} yet.\n"
+        rows = []
+        for row in result["rows"]:
+            for part in ("token", "prompt"):
+                of = row[part]
+                low, high = of["ratio_quartiles"]
+                name = "a token" if part == "token" else f"the prompt, {result['shape']['tokens']} tokens a row"
+                times = [
+                    f"{of['base_ms']:.0f}",
+                    f"{of['molora_ms']:.0f}",
+                    f"{of['ratio']:.2f} ({low:.2f} to {high:.2f})",
+                ]
+                rows.append([str(row["batch"]), name, *times])
+        return _table(["rows at a time", "", "base, ms", "molora, ms", "ratio (quartiles)"], rows)
+
+    return block
+
+
+def compiled_step(results: Results) -> str:
+    """The training step with and without ``torch.compile``."""
+    result = results.get("step-cpu-fp32-compile")
+    if result is None:
+        return f"{NOT_MEASURED.capitalize()} yet.\n"
+    rows = (
+        [
+            _name(row["variant"]),
+            f"{row['fwd_ms']:.0f}",
+            f"{row['bwd_ms']:.0f}",
+            "{:.2f} ({:.2f} to {:.2f})".format(row["ratio"], *row["ratio_quartiles"]),
+        ]
+        for row in result["rows"]
+    )
+    return _table(
+        ["training step, tiny Llama, fp32", "forward, ms", "backward, ms", "over the frozen base (quartiles)"], rows
+    )
+
+
 def origin_cpu(results: Results) -> str:
     """What the CPU's numbers were measured with."""
     return _origins(results, "cpu", "mlp-cpu-fp32")
@@ -236,6 +279,8 @@ def plots(device: str) -> Callable[[Results], str]:
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "speed-cpu": speed_cpu,
     "speed-gpu": speed_gpu,
+    "decode-cpu": generation("cpu", "bf16"),
+    "compile-cpu": compiled_step,
     "origin-cpu": origin_cpu,
     "origin-cuda": lambda results: _origins(results, "cuda", "mlp-cuda-bf16"),
     "ops-cpu-fp32": ops("cpu", "fp32"),
