@@ -78,13 +78,14 @@ def lines(title: str, series: Sequence[Line], *, x: str, y: str, settings: Mappi
                         textcoords="offset points")  # fmt: skip
         if more.get("log"):
             ax.set_yscale("log")
-        elif "floor" in more:
+        if "floor" in more:
             ax.set_ylim(bottom=more["floor"])
+        named = len(series) + ("band" in more)
+        _leave_room(ax, max(0.05 + 0.08 * min(named, 4) if named > 1 else 0.0, 0.1 if more.get("marks") else 0.0))
         ax.set_xlabel(x)
         ax.set_ylabel(y)
         _whole_numbers(ax)
-        if len(series) + ("band" in more) > 1:
-            ax.margins(y=0.06 + 0.09 * min(len(series) + ("band" in more), 4))  # room, so that it lies over no line
+        if named > 1:
             ax.legend(fontsize=8, frameon=False, loc="best", labelcolor=INK)
 
     return Panel(title, draw)
@@ -219,6 +220,13 @@ def _edges(centres: Sequence[float]) -> list[float]:
     first = centres[0] - (middles[0] - centres[0] if middles else 0.5)
     last = centres[-1] + (centres[-1] - middles[-1] if middles else 0.5)
     return [first, *middles, last]
+
+
+def _leave_room(ax: Axes, share: float) -> None:
+    """Keep this share of the height, at the top, free of lines, for a legend and the labels of marks."""
+    scale = ax.yaxis.get_transform()
+    bottom, top = scale.transform(ax.get_ylim())
+    ax.set_ylim(top=scale.inverted().transform([top + (top - bottom) * share / (1 - share)])[0])
 
 
 def _whole_numbers(ax: Axes) -> None:

@@ -28,6 +28,28 @@ def test_cells_are_around_their_centres() -> None:
     assert pictures._edges([3]) == [2.5, 3.5]
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"floor": 0.0}, {"log": True}, {"marks": [(0, "router")]}, {"marks": [(0, "a")], "floor": 0.0}]
+)
+@pytest.mark.parametrize("count", [1, 4])
+def test_words_lie_over_no_line(settings: dict, count: int) -> None:
+    """Lines that fill the panel from its lowest value to its highest, all along."""
+    from matplotlib.figure import Figure
+
+    zigzag = [0.1 + 5 * (step % 2) for step in range(30)]
+    series = [pictures.Line(f"run {i}", list(range(30)), zigzag) for i in range(count)]
+    figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+    ax = figure.subplots()
+    pictures.lines("loss", series, x="step", y="nats", settings=settings).draw(ax)
+    figure.draw_without_rendering()
+    legend = ax.get_legend()
+    boxes = [text.get_window_extent() for text in ax.texts] + ([legend.get_window_extent()] if legend else [])
+    assert len(boxes) == ("marks" in settings) + (count > 1)
+    for line in ax.lines[:count]:
+        path = line.get_path().transformed(line.get_transform())
+        assert not [box for box in boxes if path.intersects_bbox(box, filled=False)]
+
+
 @pytest.mark.parametrize("domains", [("general",), ("general", "maths"), ("a", "b", "c")])
 def test_draw_routing(domains: tuple[str, ...], tmp_path: Path) -> None:
     counts = {domain: torch.rand(len(NAMES), 4) for domain in domains}
