@@ -26,9 +26,9 @@ RIDGE = {80: 156, 86: 76, 89: 164, 90: 295, 100: 281, 120: 117}
 4090, H100, B200, 5090)."""
 
 
-CPU_RIDGE = 80
-"""Rank left out per visit of a row from which moving the row pays, of fp32 and bf16 alike."""
-CPU_ROWS = 128
+CPU_RIDGE, CPU_RIDGE_FP32 = 80, 56
+"""Rank left out per visit of a row from which moving the row pays: in bf16, and in fp32, whose products take longer."""
+CPU_ROWS = 256
 """Rows a group has to have on average."""
 
 
@@ -101,5 +101,6 @@ def choose_form(
         by_set = order.sorted_by_set(experts, top_k)
         visits, groups = (1, math.comb(experts, top_k)) if by_set else (top_k, experts)
         long_enough = tokens * visits >= CPU_ROWS * groups
-        return "grouped" if long_enough and (experts - top_k) * rank > CPU_RIDGE * visits else "dense"
+        ridge = CPU_RIDGE_FP32 if dtype == torch.float32 else CPU_RIDGE
+        return "grouped" if long_enough and (experts - top_k) * rank > ridge * visits else "dense"
     return "dense"

@@ -12,27 +12,28 @@ MOST_SETS = 16
 """Up to so many sets of experts, tokens are sorted by set and each is visited once; beyond, groups would be small."""
 
 
-class Group(NamedTuple):
-    """Visits that compute the same experts; no token twice."""
-
-    visits: slice
-    tokens: Tensor
-    """(n,), ascending."""
-    experts: tuple[int, ...]
-    """Ascending."""
-
-
 class Order(NamedTuple):
-    """V visits of tokens, group after group: one of each token with its whole set of M = k chosen experts; or, where
-    there are many sets, one of each of its experts, M = 1."""
+    """V visits of tokens, group after group; those of a group compute the same M experts. One visit of each token with
+    its whole set of M = k chosen experts; or, where there are many sets, one with each of its experts, M = 1."""
 
     tokens: Tensor
-    """(V,)"""
+    """(V,), ascending within a group; no token is twice in one."""
     experts: Tensor
-    """(V, M)"""
+    """(V, M), ascending."""
     gates: Tensor
     """(V, M)"""
-    groups: list[Group]
+    sizes: list[int]
+    """Visits of each group; none is empty."""
+    groups: Tensor
+    """(G, M): the experts of each group."""
+    total: int
+    """Experts that there are."""
+    by_set: bool
+    """Whether each token is visited once, so that the order is a permutation."""
+
+    def positions(self) -> Tensor:
+        """(T,): where each token is, in an order by set."""
+        return torch.empty_like(self.tokens).index_copy_(0, self.tokens, torch.arange(len(self.tokens)))
 
 
 def sorted_by_set(experts: int, top_k: int) -> bool:
@@ -42,18 +43,28 @@ def sorted_by_set(experts: int, top_k: int) -> bool:
 def order_of(gates_TE: Tensor, top_k: int) -> Order:
     """Chosen are the ``top_k`` gates of largest magnitude, ties to the lower index: a chosen gate may have underflowed
     to zero, and then another zero may take its place."""
-    tokens, experts = gates_TE.shape
-    best_Tk = gates_TE.abs().sort(dim=1, descending=True, stable=True).indices[:, :top_k].sort(dim=1).values
-    visits = 1 if sorted_by_set(experts, top_k) else top_k
-    chosen_VM = best_Tk.reshape(tokens * visits, top_k // visits)
-    digits = experts ** torch.arange(chosen_VM.shape[1], device=chosen_VM.device)
-    keys = (chosen_VM * digits).sum(1).sort(stable=True)
-    chosen_VM = chosen_VM.index_select(0, keys.indices)
-    tokens_V = keys.indices // visits
-    sizes = torch.unique_consecutive(keys.values, return_counts=True)[1].tolist()
-    groups, start = [], 0
-    for size in sizes:
-        own = slice(start, start + size)
-        groups.append(Group(own, tokens_V[own], tuple(chosen_VM[start].tolist())))
-        start += size
-    return Order(tokens_V, chosen_VM, gates_TE.index_select(0, tokens_V).gather(1, chosen_VM), groups)
+    experts, by_set = gates_TE.shape[1], sorted_by_set(gates_TE.shape[1], top_k)
+    chosen_TE = _chosen(gates_TE, top_k)
+    if by_set:
+        keys = chosen_TE.float().mv(2.0 ** torch.arange(experts)).sort(stable=True)  # a bit for each expert
+        tokens_V = keys.indices
+    else:
+        visits = chosen_TE.nonzero()
+        keys = visits[:, 1].sort(stable=True)
+        tokens_V = visits[:, 0].index_select(0, keys.indices)
+    found, sizes = torch.unique_consecutive(keys.values, return_counts=True)
+    groups = found.long()[:, None]
+    if by_set:
+        groups = (groups >> torch.arange(experts) & 1).nonzero()[:, 1].view(-1, top_k)
+    experts_VM = groups.repeat_interleave(sizes, dim=0, output_size=len(tokens_V))
+    gates_VM = gates_TE.index_select(0, tokens_V).gather(1, experts_VM)
+    return Order(tokens_V, experts_VM, gates_VM, sizes.tolist(), groups, experts, by_set)
+
+
+def _chosen(gates_TE: Tensor, top_k: int) -> Tensor:
+    """(T, E) bool, true ``top_k`` times for each token."""
+    used = gates_TE != 0
+    if bool((used.sum(1) == top_k).all()):
+        return used
+    best = gates_TE.abs().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    return torch.zeros_like(used).scatter_(1, best, True)

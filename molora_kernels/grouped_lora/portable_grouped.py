@@ -3,7 +3,7 @@
 Tokens of one group chose the same experts: these are one LoRA of narrow rank, computed on the rows of the group alone.
 Each projection has an order of its own, from its own gates. The mathematics is that of ``portable.py``, and so are the
 shape letters; k experts are chosen per token, V visits and C columns of the shrink are those of an order, n rows a
-group's.
+group's. F features are K or N: an adapter is (R, F), A as it is and B transposed.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from molora_kernels import workspace
 from molora_kernels.grouped_lora import portable
-from molora_kernels.grouped_lora.order import Group, Order, order_of
+from molora_kernels.grouped_lora.order import Order, order_of
 
 
+@workspace.scope()
 def forward(
     x_TK: Tensor,
     weights_NK: list[Tensor],
@@ -30,27 +32,31 @@ def forward(
 ) -> tuple[list[Tensor], Tensor]:
     """One (T, N) output per projection, and the ungated shrinks (V, C) that backward needs, one projection's after
     another's in memory, as (T, G * k * r)."""
-    orders, rank = _orders(gates_THE, len(lora_a_RK), lora_a_RK[0].shape[0], top_k)
+    orders = orders_of(gates_THE, len(lora_a_RK), top_k)
     kept = portable.kept_of(x_TK, dropout_seed, dropout_p, stream)
-    s = x_TK.new_empty(x_TK.shape[0], len(lora_a_RK) * top_k * rank)
-    rows_room, adapters_room = _rooms(x_TK, weights_NK, orders, top_k * rank)
+    s = x_TK.new_empty(len(x_TK), len(lora_a_RK) * top_k * (len(lora_a_RK[0]) // orders[0].total))
     outputs = []
-    for g, (order, s_VC) in enumerate(zip(orders, _parts(s, orders, rank), strict=True)):
-        a, b = portable.scaled(lora_a_RK[g], dropout_p).to(x_TK.dtype), lora_b_NR[g].to(x_TK.dtype)
-        for group in order.groups:
-            x_nK = _gathered(x_TK, group, rows_room, kept)
-            torch.mm(x_nK, _of_experts(a, 0, group, rank, adapters_room).T, out=s_VC[group.visits])
-        gated_VC = _gated(s_VC, order, scaling)
-        w_KN = weights_NK[g].T
-        y = torch.mm(x_TK, w_KN) if not biases_N else torch.addmm(biases_N[g], x_TK, w_KN)
-        for group in order.groups:
-            b_NC = _of_experts(b, 1, group, rank, adapters_room)
-            y_nN = torch.mm(gated_VC[group.visits], b_NC.T, out=rows_room(len(group.tokens), len(b)))
-            y.index_add_(0, group.tokens, y_nN)
+    for g, (order, s_VC) in enumerate(zip(orders, parts(s, orders), strict=True)):
+        a_RK, b_RN = adapters(lora_a_RK[g], lora_b_NR[g], x_TK.dtype, dropout_p)
+        weight, bias = weights_NK[g] if weights_NK else None, biases_N[g] if biases_N else None
+        x_VK = sorted_rows(x_TK, order)
+        y_VN, y = workspace.empty(x_TK, len(x_VK), b_RN.shape[1]), x_TK.new_empty(len(x_TK), b_RN.shape[1])
+        if order.by_set:
+            base(x_VK, weight, bias, y_VN)
+        else:
+            base(x_TK, weight, bias, y)
+            y_VN.zero_()
+        shrink(masked_(x_VK, kept, order), a_RK, order, out=s_VC)
+        expand_(y_VN, gated(s_VC, order, scaling), b_RN, order)
+        if order.by_set:
+            torch.index_select(y_VN, 0, order.positions(), out=y)
+        else:
+            y.index_add_(0, order.tokens, y_VN)
         outputs.append(y)
     return outputs, s
 
 
+@workspace.scope()
 def backward(
     dys_TN: list[Tensor],
     x_TK: Tensor,
@@ -67,96 +73,145 @@ def backward(
     need_dlora: bool,
     need_dgates: bool,
     top_k: int,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """dx (T, K), da (G * R, K), db (N, R) per projection, dgates (T, H, E); what is not needed has zero elements."""
+    """dx (T, K), in ``out`` if given, da (G * R, K), db (N, R) per projection, dgates (T, H, E); what is not needed has
+    zero elements."""
     assert gates_THE is not None
-    R = lora_a_RK[0].shape[0]
-    orders, rank = _orders(gates_THE, len(lora_a_RK), R, top_k)
+    orders = orders_of(gates_THE, len(lora_a_RK), top_k)
     kept = portable.kept_of(x_TK, dropout_seed, dropout_p, stream) if need_dlora or need_dx else None
-    rows_room, adapters_room = _rooms(x_TK, weights_NK, orders, top_k * rank)
-    dx, da = x_TK.new_empty(0), x_TK.new_empty(0)  # two: an operator's outputs may not share memory
-    if need_dlora:
-        da = lora_a_RK[0].new_zeros(len(lora_a_RK) * R, x_TK.shape[1])
-    db = [torch.zeros_like(b) for b in lora_b_NR] if need_dlora else []
+    dx = x_TK.new_empty(0)
+    if need_dx:
+        dx = torch.zeros_like(x_TK) if out is None else out.zero_()
+    da, db = [], []
     dgates = [gates.new_zeros(gates.shape) for gates in gates_THE.unbind(1)] if need_dgates else []
-
-    for g, (dy, order, s_VC) in enumerate(zip(dys_TN, orders, _parts(s, orders, rank), strict=True)):
-        a, b = portable.scaled(lora_a_RK[g], dropout_p).to(x_TK.dtype), lora_b_NR[g].to(x_TK.dtype)
-        gated_VC, dgated_VC = _gated(s_VC, order, scaling), torch.empty_like(s_VC)
-        for group in order.groups:
-            dy_nN = _gathered(dy, group, rows_room)
-            torch.mm(dy_nN, _of_experts(b, 1, group, rank, adapters_room), out=dgated_VC[group.visits])
-            if need_dlora:
-                db_NC = torch.mm(dy_nN.T, gated_VC[group.visits], out=adapters_room(len(b), gated_VC.shape[1]))
-                for e, own in zip(group.experts, db_NC.split(rank, dim=1), strict=True):
-                    db[g].narrow(1, e * rank, rank).add_(own)
+    for g, (dy, order, s_VC) in enumerate(zip(dys_TN, orders, parts(s, orders), strict=True)):
+        a_RK, b_RN = adapters(lora_a_RK[g], lora_b_NR[g], x_TK.dtype, dropout_p)
+        dy_VN = sorted_rows(dy, order)
+        dgated_VC = shrink(dy_VN, b_RN, order)
+        ds_VC = gated(dgated_VC, order, scaling)
+        if need_dlora:
+            x_VK = masked_(sorted_rows(x_TK, order), kept, order)
+            da.append(adapter_grad(x_VK, ds_VC, order, lora_a_RK[g].dtype)[0].T)
+            db.append(adapter_grad(dy_VN, gated(s_VC, order, scaling), order, lora_b_NR[g].dtype)[0])
         if need_dgates:
-            own = portable.dgates_of(dgated_VC, s_VC, order.gates[:, None], 1, scaling)
-            where = order.tokens[:, None] * gates_THE.shape[2] + order.experts
-            dgates[min(g, len(dgates) - 1)].view(-1).index_add_(0, where.view(-1), own.view(-1))
-        ds_VC = _gated(dgated_VC, order, scaling)
+            add_dgates_(dgates[min(g, len(dgates) - 1)], dgated_VC, s_VC, order, scaling)
         if need_dx:
-            dx = dx.addmm_(dy, weights_NK[g]) if g else dy.mm(weights_NK[g])
-        for group in order.groups:
-            ds_nC = ds_VC[group.visits]
-            if need_dlora:
-                x_nK = _gathered(x_TK, group, rows_room, kept)
-                da_CK = torch.mm(ds_nC.T, x_nK, out=adapters_room(ds_nC.shape[1], x_nK.shape[1]))
-                for e, own in zip(group.experts, da_CK.split(rank), strict=True):
-                    da.narrow(0, g * R + e * rank, rank).add_(own)
-            if need_dx:
-                a_CK = _of_experts(a, 0, group, rank, adapters_room)
-                dx_nK = torch.mm(ds_nC, a_CK, out=rows_room(len(group.tokens), a_CK.shape[1]))
-                if kept is not None:
-                    dx_nK.mul_(kept.index_select(0, group.tokens))
-                dx.index_add_(0, group.tokens, dx_nK)
-    return dx, portable.scaled(da, dropout_p), db, torch.stack(dgates, dim=1) if need_dgates else x_TK.new_empty(0)
+            own = masked_(
+                expand_(workspace.empty(dy_VN, len(dy_VN), a_RK.shape[1]).zero_(), ds_VC, a_RK, order), kept, order
+            )
+            if weights_NK and order.by_set:
+                own.addmm_(dy_VN, weights_NK[g])
+            elif weights_NK:
+                dx.addmm_(dy, weights_NK[g])
+            dx.index_add_(0, order.tokens, own)
+    return (
+        dx,
+        portable.scaled(torch.cat(da), dropout_p) if da else x_TK.new_empty(0),
+        db,
+        torch.stack(dgates, dim=1) if need_dgates else x_TK.new_empty(0),
+    )
 
 
-class _Room:
-    """Memory for one matrix at a time, allocated once: touching fresh pages would cost more than these products."""
-
-    def __init__(self, like: Tensor, most: int) -> None:
-        self.memory = like.new_empty(most)
-
-    def __call__(self, rows: int, columns: int) -> Tensor:
-        return self.memory[: rows * columns].view(rows, columns)
-
-
-def _rooms(x_TK: Tensor, weights_NK: list[Tensor], orders: list[Order], columns: int) -> tuple[_Room, _Room]:
-    """One for a group's rows of an input or output, one for A, B or a gradient of the group's experts."""
-    widest = max(x_TK.shape[1], *(weight.shape[0] for weight in weights_NK))
-    rows = max((len(group.tokens) for order in orders for group in order.groups), default=0)
-    return _Room(x_TK, rows * widest), _Room(x_TK, columns * widest)
-
-
-def _orders(gates_THE: Tensor | None, groups: int, R: int, top_k: int) -> tuple[list[Order], int]:
-    """The order of each projection, and the rank of one expert."""
+def orders_of(gates_THE: Tensor | None, projections: int, top_k: int) -> list[Order]:
+    """The order of each projection; one for all if they share their gates."""
     assert gates_THE is not None, "plain LoRA is dense"
-    _, heads, experts = gates_THE.shape
     orders = [order_of(gates, top_k) for gates in gates_THE.unbind(1)]
-    return (orders if heads > 1 else orders * groups), R // experts
+    return orders if len(orders) > 1 else orders * projections
 
 
-def _parts(s: Tensor, orders: list[Order], rank: int) -> Tensor:
-    """The shrinks of the projections, (G, V, C)."""
-    V, M = orders[0].experts.shape
-    return s.view(len(orders), V, M * rank)
+def parts(s: Tensor, orders: list[Order]) -> list[Tensor]:
+    """The shrinks (V, C) of the projections, of all that is saved of them."""
+    return list(s.view(len(orders), len(orders[0].tokens), -1))
 
 
-def _gathered(x: Tensor, group: Group, room: _Room, kept: Tensor | None = None) -> Tensor:
-    """The group's rows of x, zero where a mask drops."""
-    rows = torch.index_select(x, 0, group.tokens, out=room(len(group.tokens), x.shape[1]))
-    return rows if kept is None else rows.mul_(kept.index_select(0, group.tokens))
+def adapters(lora_a_RK: Tensor, lora_b_NR: Tensor, dtype: torch.dtype, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """A with the scale of dropout's survivors, and B transposed, in the dtype of the products."""
+    return portable.scaled(lora_a_RK, dropout_p).to(dtype), lora_b_NR.T.to(dtype).contiguous()
 
 
-def _of_experts(adapters: Tensor, dim: int, group: Group, rank: int, room: _Room) -> Tensor:
-    """Those rows or columns of the adapters that are the group's experts'."""
-    shape = list(adapters.shape)
-    shape[dim] = len(group.experts) * rank
-    return torch.cat([adapters.narrow(dim, e * rank, rank) for e in group.experts], dim, out=room(*shape))
+def sorted_rows(x_TF: Tensor, order: Order) -> Tensor:
+    """(V, F) in the workspace: the row of each visit's token."""
+    return torch.index_select(x_TF, 0, order.tokens, out=workspace.empty(x_TF, len(order.tokens), x_TF.shape[1]))
 
 
-def _gated(s_VC: Tensor, order: Order, scaling: float) -> Tensor:
+def base(x: Tensor, weight_NK: Tensor | None, bias_N: Tensor | None, out: Tensor) -> Tensor:
+    """The frozen projection; zeros where somebody else computes it."""
+    if weight_NK is None:
+        return out.zero_()
+    if bias_N is None:
+        return torch.mm(x, weight_NK.T, out=out)
+    return torch.addmm(bias_N, x, weight_NK.T, out=out)
+
+
+def masked_(rows_VF: Tensor, kept_TF: Tensor | None, order: Order) -> Tensor:
+    """Sorted rows, zero where dropout drops."""
+    return rows_VF if kept_TF is None else rows_VF.mul_(kept_TF.index_select(0, order.tokens))
+
+
+def shrink(rows_VF: Tensor, adapter_RF: Tensor, order: Order, out: Tensor | None = None) -> Tensor:
+    """(V, C): each row times those rows of the adapter that are its experts'."""
+    columns = order.groups.shape[1] * len(adapter_RF) // order.total
+    s_VC = rows_VF.new_empty(len(rows_VF), columns) if out is None else out
+    with workspace.scope():
+        adapters = of_experts(adapter_RF, order)
+        for x, a, s in zip(_of_groups(rows_VF, order), adapters, _of_groups(s_VC, order), strict=True):
+            torch.mm(x, a.T, out=s)
+    return s_VC
+
+
+def expand_(
+    rows_VF: Tensor, columns_VC: Tensor, adapter_RF: Tensor, order: Order, everyone_EF: Tensor | None = None
+) -> Tensor:
+    """Adds to each row its columns times those rows of the adapter that are its experts'; then those of ``everyone``,
+    if there are, to which the last columns belong."""
+    with workspace.scope():
+        adapters = of_experts(adapter_RF, order, everyone_EF)
+        for y, s, b in zip(_of_groups(rows_VF, order), _of_groups(columns_VC, order), adapters, strict=True):
+            y.addmm_(s, b)
+    return rows_VF
+
+
+def adapter_grad(
+    rows_VF: Tensor, columns_VC: Tensor, order: Order, dtype: torch.dtype, everyone: int = 0
+) -> tuple[Tensor, Tensor]:
+    """``rows^T columns`` of each group: (F, R), added to the columns of its experts, and (F, E), the sum over all
+    groups of what the last columns give, that are ``everyone``'s."""
+    features, experts = rows_VF.shape[1], order.groups.shape[1]
+    own = columns_VC.shape[1] - everyone
+    grad_FEr = torch.zeros(features, order.total, own // experts, dtype=dtype)
+    grad_FE = grad_FEr.new_zeros(features, everyone)
+    for x, s, chosen in zip(_of_groups(rows_VF, order), _of_groups(columns_VC, order), order.groups, strict=True):
+        grad = x.T.mm(s).to(dtype)
+        grad_FEr.index_add_(1, chosen, grad[:, :own].unflatten(1, (experts, -1)))
+        grad_FE += grad[:, own:]
+    return grad_FEr.flatten(1), grad_FE
+
+
+def of_experts(adapter_RF: Tensor, order: Order, everyone_EF: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Of each group, those rows of an adapter that are its experts', and those of ``everyone``: (C, F)."""
+    (groups, experts), features = order.groups.shape, adapter_RF.shape[1]
+    rank = len(adapter_RF) // order.total
+    own = order.groups[:, :, None] * rank + torch.arange(rank)
+    rows, table = own.view(groups, experts * rank), adapter_RF
+    if everyone_EF is not None:
+        table = torch.cat([adapter_RF, everyone_EF])
+        rows = torch.cat([rows, torch.arange(len(adapter_RF), len(table)).expand(groups, -1)], dim=1)
+    room = workspace.empty(adapter_RF, rows.numel(), features)
+    return torch.index_select(table, 0, rows.flatten(), out=room).view(*rows.shape, features).unbind(0)
+
+
+def _of_groups(rows: Tensor, order: Order) -> tuple[Tensor, ...]:
+    return rows.split(order.sizes)
+
+
+def gated(s_VC: Tensor, order: Order, scaling: float) -> Tensor:
     """``scaling * gate * s``, multiplied in the gates' precision and rounded once."""
     return portable.gate(s_VC, order.gates[:, None], 1, scaling)
+
+
+def add_dgates_(dgates_TE: Tensor, dgated_VC: Tensor, s_VC: Tensor, order: Order, scaling: float) -> None:
+    """The gradients of the chosen gates; the others' stay as they are."""
+    own_VM = portable.dgates_of(dgated_VC, s_VC, order.gates[:, None], 1, scaling)[:, 0]
+    where = order.tokens[:, None] * dgates_TE.shape[1] + order.experts
+    dgates_TE.view(-1).index_add_(0, where.view(-1), own_VM.reshape(-1))

@@ -10,12 +10,15 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from molora_kernels import workspace
 from molora_kernels.grouped_lora import portable, portable_grouped
+from molora_kernels.grouped_lora.order import sorted_by_set
+from molora_kernels.mlp_block import portable_grouped as by_set
 from molora_kernels.router import portable as router
 
 
+@workspace.scope()
 def forward(
     x_TK: Tensor,
     weights: list[Tensor],
@@ -35,6 +38,12 @@ def forward(
     """y, sums, counts, and what backward needs: [h_gate, h_up, s_in, s_down, gates_in, logits_in, gates_down,
     logits_down], of which the gates and logits are empty where there is no such router."""
 
+    if form == "grouped" and sorted_by_set(router_weights[0].shape[0], top_k):
+        return by_set.forward(
+            x_TK, weights, biases, lora_a, lora_b, router_weights, router_biases, selection_biases, mask_T,
+            dropout_seed, top_k, scaling, dropout_p,
+        )  # fmt: skip
+
     def route(x: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bias = torch.stack(router_biases[part]) if router_biases else None
         selection = torch.stack(selection_biases[part]) if selection_biases else None
@@ -48,7 +57,7 @@ def forward(
     (h_gate, h_up), s_in = project(
         x_TK, weights[:2], biases[:2], lora_a[:2], lora_b[:2], gates_in, dropout_seed, scaling, dropout_p, 0
     )
-    h = F.silu(h_gate).mul_(h_up)
+    h = _swiglu(h_gate, h_up)
     if len(router_weights) == 3:
         gates_down, logits_down, sums_down, counts_down = route(h, slice(2, 3))
         sums, counts = torch.cat([sums, sums_down]), torch.cat([counts, counts_down])
@@ -60,6 +69,7 @@ def forward(
     return y, sums, counts, [h_gate, h_up, s_in, s_down, *routed]
 
 
+@workspace.scope()
 def backward(
     dy_TK: Tensor,
     dsums: Tensor | None,
@@ -80,6 +90,11 @@ def backward(
     form: str = "dense",
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """dx, da, db (3 each), drouter_weights and drouter_biases (one per router); what is not needed is empty."""
+    if form == "grouped" and sorted_by_set(router_weights[0].shape[0], top_k):
+        return by_set.backward(
+            dy_TK, dsums, x_TK, weights, lora_a, lora_b, router_weights, saved, mask_T, dropout_seed, top_k, scaling,
+            dropout_p, need_dx, need_dlora, need_drouter,
+        )  # fmt: skip
     h_gate, h_up, s_in, s_down, *routed = saved
     gates_in, logits_in, gates_down, logits_down = (None if t.numel() == 0 and t.ndim == 1 else t for t in routed)
     dtype = x_TK.dtype
@@ -88,10 +103,10 @@ def backward(
     settings = (dropout_seed, scaling, dropout_p)
 
     project = functools.partial(portable_grouped.backward, top_k=top_k) if form == "grouped" else portable.backward
-    h = F.silu(h_gate).mul_(h_up)
+    h = _swiglu(h_gate, h_up)
     dh, da_down, db_down, dgates_down = project(
         [dy_TK], h, weights[2:], lora_a[2:], lora_b[2:], gates_in if gates_down is None else gates_down, s_down,
-        *settings, 1, True, need_dlora, need_dlogits,
+        *settings, 1, True, need_dlora, need_dlogits, out=workspace.empty(h, *h.shape),
     )  # fmt: skip
     drouter: list[tuple[Tensor, Tensor]] = []
     if need_dlogits and gates_down is not None and logits_down is not None:
@@ -99,7 +114,7 @@ def backward(
         dlogits_down = router.dlogits_of(dgates_down, dsums_down, logits_down, gates_down, mask_T, top_k)
         dh.addmm_(dlogits_down[:, 0].to(dtype), router_weights[2].to(dtype))
         if need_drouter:
-            drouter = _router_grads(dlogits_down, h)
+            drouter = router.grads_of(dlogits_down, h)
 
     dh_gate, dh_up = _swiglu_backward_(dh, h, h_gate, h_up)
     dx, da_in, db_in, dgates_in = project(
@@ -114,20 +129,20 @@ def backward(
         if need_dx:
             dx.addmm_(dlogits_in.flatten(1).to(dtype), torch.cat(router_weights[:2]).to(dtype))
         if need_drouter:
-            drouter = [*_router_grads(dlogits_in, x_TK), *drouter]
+            drouter = [*router.grads_of(dlogits_in, x_TK), *drouter]
 
     da = [*(part.clone() for part in da_in.chunk(2)), da_down] if need_dlora else []
     return dx, da, [*db_in, *db_down], [weight for weight, _ in drouter], [bias for _, bias in drouter]
 
 
-def _router_grads(dlogits_THE: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The gradients of weight and bias of each router that reads x, in the routers' precision."""
-    dweights = dlogits_THE.flatten(1).T.mm(x.to(dlogits_THE.dtype)).split(dlogits_THE.shape[2])
-    return [(dweight.clone(), dlogits.sum(0)) for dweight, dlogits in zip(dweights, dlogits_THE.unbind(1), strict=True)]
-
-
 _ROWS = 64
 """Tokens at a time in elementwise passes of several steps: what they read and write stays in a core's cache."""
+
+
+def _swiglu(h_gate: Tensor, h_up: Tensor) -> Tensor:
+    """In the workspace."""
+    h = workspace.empty(h_gate, *h_gate.shape)
+    return torch.ops.aten.silu.out(h_gate, out=h).mul_(h_up)
 
 
 def _swiglu_backward_(dh: Tensor, h: Tensor, h_gate: Tensor, h_up: Tensor) -> tuple[Tensor, Tensor]:

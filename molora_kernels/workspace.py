@@ -1,0 +1,59 @@
+"""Memory in which the portable backend computes on a CPU, kept from call to call.
+
+Memory fresh from the operating system costs a page fault for every 4 KiB: on the machine of docs/log.md a pass that
+writes it takes five times as long as one that writes memory used before, and the allocator gives large tensors back
+between calls. So what lives only within a call is placed in one buffer, which grows to the largest call's need and
+stays.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64
+
+
+class _Workspace(threading.local):
+    """A stack of matrices; one for each thread, since backward may run in another."""
+
+    memory = torch.empty(0, dtype=torch.uint8)
+    used = 0
+    wanted = 0
+
+
+_own = _Workspace()
+
+
+@contextmanager
+def scope() -> Iterator[None]:
+    """What :func:`empty` gives inside may be overwritten once this is left: it must not be returned or saved."""
+    start = _own.used
+    try:
+        yield
+    finally:
+        _own.used = start
+        if start == 0 and _own.wanted > len(_own.memory):
+            with torch.inference_mode(False):  # or ordinary calls could not write to it
+                _own.memory = torch.empty(_own.wanted, dtype=torch.uint8)
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """A matrix of any content, of the dtype and device of ``like``, until the present :func:`scope` is left."""
+    if like.device.type != "cpu":  # CUDA's allocator keeps memory by itself
+        return like.new_empty(shape)
+    start, size = _own.used, torch.Size(shape).numel() * like.element_size()
+    _own.used += -(-size // _ALIGNMENT) * _ALIGNMENT
+    _own.wanted = max(_own.wanted, _own.used)
+    if _own.used > len(_own.memory):
+        return like.new_empty(shape)  # this once: there will be room when all that is in use has been given back
+    return _own.memory[start : start + size].view(like.dtype).view(shape)
+
+
+def release() -> None:
+    """Give this thread's memory back to the system; the next call takes it anew."""
+    _own.memory, _own.wanted = torch.empty(0, dtype=torch.uint8), 0
