@@ -21,7 +21,7 @@ quickstart: $(VENV)/.done  ## both stages on a real model, on the CPU, with a re
 	$(BIN)/python -m molora.quickstart
 
 test: $(VENV)/.done  ## the whole suite, on the CPU
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n auto -m "not gpu and not slow"
 
 test-gpu:  ## what needs a CUDA device; uses the Python on the PATH
 	python3 -m pytest -m gpu

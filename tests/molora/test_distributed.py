@@ -24,7 +24,6 @@ from molora.errors import UserError
 from tests.conftest import make_rows, write_jsonl
 from tests.molora import distributed_runs
 
-pytestmark = pytest.mark.xdist_group("torchrun")  # so that the runs of two processes are made once
 ROOT = Path(__file__).parent.parent.parent
 SETTINGS = [
     "data.max_length=64",
