@@ -113,20 +113,25 @@ def set_shrink_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability)
     """``block_t`` sorted rows, ``block_k`` of the features at a time, ``block_n`` columns of the experts."""
     columns = slots_of(r, k, dtype) * block_r(r, dtype)
     if dtype == torch.float32:
-        # 32 features at a time spill: with four warps on sm_86 (Triton 3.9) and sm_90 (3.6), with eight on sm_90.
+        # 32 features at a time, staged, spill: with four warps on sm_86 (Triton 3.9) and sm_90 (3.6), with eight on
+        # sm_90. On sm_80 16 spill too, and so does every other step that is staged.
+        if capability == (8, 0):
+            return Tiles(set_rows(dtype), block_k=32, block_n=columns, num_warps=8, num_stages=1)
         return Tiles(set_rows(dtype), block_k=16, block_n=columns, num_warps=4, num_stages=2)
     warps = 8 if columns > 64 else 4
-    if _reads_shared_memory(capability):
+    if capability is not None and capability[0] == 9:
         return _staged(set_rows(dtype), 64, columns, 0, warps, capability)
     staged = _staged(set_rows(dtype), 32, columns, 0, warps, capability)
-    return replace(staged, num_stages=min(staged.num_stages, 3))  # a fourth spills beside dropout
+    # A fourth stage spills beside dropout, and so do steps of 64 on sm_100 with any number of stages.
+    return replace(staged, num_stages=min(staged.num_stages, 3))
 
 
 def set_expand_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability) -> Tiles:
     """``block_t`` sorted rows, ``block_n`` columns of the output, ``block_k`` columns of the experts at a time."""
     columns = slots_of(r, k, dtype) * block_r(r, dtype)
     if dtype == torch.float32:
-        return Tiles(set_rows(dtype), block_k=columns, block_n=64, num_warps=4, num_stages=2)
+        warps = 8 if capability is not None and capability[0] == 10 else 4  # each spills on the other's GPUs
+        return Tiles(set_rows(dtype), block_k=columns, block_n=64, num_warps=warps, num_stages=2)
     block_n = 128 if _reads_shared_memory(capability) else 64
     return Tiles(set_rows(dtype), block_k=columns, block_n=block_n, num_warps=8 if columns > 64 else 4, num_stages=2)
 

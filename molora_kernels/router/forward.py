@@ -171,8 +171,9 @@ def forward_tiles(heads: int, experts: int, dtype: torch.dtype, capability: Capa
         return Tiles(block_t=16, block_k=32 if columns <= 32 else 16, num_warps=4, num_stages=2)
     if columns <= 16:
         return Tiles(block_t=32, block_k=64, num_warps=4, num_stages=stages + 1)
-    # Every program reads all of W from L2: the wider W, the more rows share a reading.
-    return Tiles(block_t=64, block_k=64 if columns <= 32 else 32, num_warps=8, num_stages=stages)
+    # Every program reads all of W from L2: the wider W, the more rows share a reading. On sm_100 64 rows spill.
+    rows = 32 if capability is not None and capability[0] == 10 and columns > 32 else 64
+    return Tiles(block_t=rows, block_k=64 if columns <= 32 else 32, num_warps=8, num_stages=stages)
 
 
 def column_tile(heads: int, experts: int) -> tuple[int, int]:
