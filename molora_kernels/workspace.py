@@ -21,7 +21,7 @@ _ALIGNMENT = 64
 class _Workspace(threading.local):
     """A stack of matrices; one for each thread, since backward may run in another."""
 
-    memory = torch.empty(0, dtype=torch.uint8)
+    memory = torch.empty(0, dtype=torch.uint8, device="cpu")
     used = 0
     wanted = 0
 
@@ -39,7 +39,7 @@ def scope() -> Iterator[None]:
         _own.used = start
         if start == 0 and _own.wanted > len(_own.memory):
             with torch.inference_mode(False):  # or ordinary calls could not write to it
-                _own.memory = torch.empty(_own.wanted, dtype=torch.uint8)
+                _own.memory = torch.empty(_own.wanted, dtype=torch.uint8, device="cpu")
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:
@@ -56,4 +56,4 @@ def empty(like: Tensor, *shape: int) -> Tensor:
 
 def release() -> None:
     """Give this thread's memory back to the system; the next call takes it anew."""
-    _own.memory, _own.wanted = torch.empty(0, dtype=torch.uint8), 0
+    _own.memory, _own.wanted = torch.empty(0, dtype=torch.uint8, device="cpu"), 0

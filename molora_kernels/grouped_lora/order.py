@@ -33,7 +33,8 @@ class Order(NamedTuple):
 
     def positions(self) -> Tensor:
         """(T,): where each token is, in an order by set."""
-        return torch.empty_like(self.tokens).index_copy_(0, self.tokens, torch.arange(len(self.tokens)))
+        places = torch.arange(len(self.tokens), device=self.tokens.device)
+        return torch.empty_like(places).index_copy_(0, self.tokens, places)
 
 
 def sorted_by_set(experts: int, top_k: int) -> bool:
@@ -44,9 +45,9 @@ def order_of(gates_TE: Tensor, top_k: int) -> Order:
     """Chosen are the ``top_k`` gates of largest magnitude, ties to the lower index: a chosen gate may have underflowed
     to zero, and then another zero may take its place."""
     experts, by_set = gates_TE.shape[1], sorted_by_set(gates_TE.shape[1], top_k)
-    chosen_TE = _chosen(gates_TE, top_k)
+    chosen_TE, bits = _chosen(gates_TE, top_k), torch.arange(experts, device=gates_TE.device)
     if by_set:
-        keys = chosen_TE.float().mv(2.0 ** torch.arange(experts)).sort(stable=True)  # a bit for each expert
+        keys = chosen_TE.float().mv(2.0**bits).sort(stable=True)  # a bit for each expert
         tokens_V = keys.indices
     else:
         visits = chosen_TE.nonzero()
@@ -55,7 +56,7 @@ def order_of(gates_TE: Tensor, top_k: int) -> Order:
     found, sizes = torch.unique_consecutive(keys.values, return_counts=True)
     groups = found.long()[:, None]
     if by_set:
-        groups = (groups >> torch.arange(experts) & 1).nonzero()[:, 1].view(-1, top_k)
+        groups = (groups >> bits & 1).nonzero()[:, 1].view(-1, top_k)
     experts_VM = groups.repeat_interleave(sizes, dim=0, output_size=len(tokens_V))
     gates_VM = gates_TE.index_select(0, tokens_V).gather(1, experts_VM)
     return Order(tokens_V, experts_VM, gates_VM, sizes.tolist(), groups, experts, by_set)

@@ -39,19 +39,21 @@ def forward(
     for g, (order, s_VC) in enumerate(zip(orders, parts(s, orders), strict=True)):
         a_RK, b_RN = adapters(lora_a_RK[g], lora_b_NR[g], x_TK.dtype, dropout_p)
         weight, bias = weights_NK[g] if weights_NK else None, biases_N[g] if biases_N else None
-        x_VK = sorted_rows(x_TK, order)
-        y_VN, y = workspace.empty(x_TK, len(x_VK), b_RN.shape[1]), x_TK.new_empty(len(x_TK), b_RN.shape[1])
-        if order.by_set:
-            base(x_VK, weight, bias, y_VN)
-        else:
-            base(x_TK, weight, bias, y)
-            y_VN.zero_()
-        shrink(masked_(x_VK, kept, order), a_RK, order, out=s_VC)
-        expand_(y_VN, gated(s_VC, order, scaling), b_RN, order)
-        if order.by_set:
-            torch.index_select(y_VN, 0, order.positions(), out=y)
-        else:
-            y.index_add_(0, order.tokens, y_VN)
+        y = x_TK.new_empty(len(x_TK), b_RN.shape[1])
+        with workspace.scope():
+            x_VK = sorted_rows(x_TK, order)
+            y_VN = workspace.empty(x_TK, len(x_VK), b_RN.shape[1])
+            if order.by_set:
+                base(x_VK, weight, bias, y_VN)
+            else:
+                base(x_TK, weight, bias, y)
+                y_VN.zero_()
+            shrink(masked_(x_VK, kept, order), a_RK, order, out=s_VC)
+            expand_(y_VN, gated(s_VC, order, scaling), b_RN, order)
+            if order.by_set:
+                torch.index_select(y_VN, 0, order.positions(), out=y)
+            else:
+                add_back_(y, y_VN, order)
         outputs.append(y)
     return outputs, s
 
@@ -87,24 +89,24 @@ def backward(
     dgates = [gates.new_zeros(gates.shape) for gates in gates_THE.unbind(1)] if need_dgates else []
     for g, (dy, order, s_VC) in enumerate(zip(dys_TN, orders, parts(s, orders), strict=True)):
         a_RK, b_RN = adapters(lora_a_RK[g], lora_b_NR[g], x_TK.dtype, dropout_p)
-        dy_VN = sorted_rows(dy, order)
-        dgated_VC = shrink(dy_VN, b_RN, order)
-        ds_VC = gated(dgated_VC, order, scaling)
-        if need_dlora:
-            x_VK = masked_(sorted_rows(x_TK, order), kept, order)
-            da.append(adapter_grad(x_VK, ds_VC, order, lora_a_RK[g].dtype)[0].T)
-            db.append(adapter_grad(dy_VN, gated(s_VC, order, scaling), order, lora_b_NR[g].dtype)[0])
-        if need_dgates:
-            add_dgates_(dgates[min(g, len(dgates) - 1)], dgated_VC, s_VC, order, scaling)
-        if need_dx:
-            own = masked_(
-                expand_(workspace.empty(dy_VN, len(dy_VN), a_RK.shape[1]).zero_(), ds_VC, a_RK, order), kept, order
-            )
-            if weights_NK and order.by_set:
-                own.addmm_(dy_VN, weights_NK[g])
-            elif weights_NK:
-                dx.addmm_(dy, weights_NK[g])
-            dx.index_add_(0, order.tokens, own)
+        with workspace.scope():
+            dy_VN = sorted_rows(dy, order)
+            dgated_VC = shrink(dy_VN, b_RN, order)
+            ds_VC = gated(dgated_VC, order, scaling)
+            if need_dlora:
+                x_VK = masked_(sorted_rows(x_TK, order), kept, order)
+                da.append(adapter_grad(x_VK, ds_VC, order, lora_a_RK[g].dtype)[0].T)
+                db.append(adapter_grad(dy_VN, gated(s_VC, order, scaling), order, lora_b_NR[g].dtype)[0])
+            if need_dgates:
+                add_dgates_(dgates[min(g, len(dgates) - 1)], dgated_VC, s_VC, order, scaling)
+            if need_dx:
+                own_VK = workspace.empty(dy_VN, len(dy_VN), a_RK.shape[1]).zero_()
+                masked_(expand_(own_VK, ds_VC, a_RK, order), kept, order)
+                if weights_NK and order.by_set:
+                    own_VK.addmm_(dy_VN, weights_NK[g])
+                elif weights_NK:
+                    dx.addmm_(dy, weights_NK[g])
+                add_back_(dx, own_VK, order)
     return (
         dx,
         portable.scaled(torch.cat(da), dropout_p) if da else x_TK.new_empty(0),
@@ -133,6 +135,12 @@ def adapters(lora_a_RK: Tensor, lora_b_NR: Tensor, dtype: torch.dtype, dropout_p
 def sorted_rows(x_TF: Tensor, order: Order) -> Tensor:
     """(V, F) in the workspace: the row of each visit's token."""
     return torch.index_select(x_TF, 0, order.tokens, out=workspace.empty(x_TF, len(order.tokens), x_TF.shape[1]))
+
+
+def add_back_(rows_TF: Tensor, rows_VF: Tensor, order: Order) -> None:
+    """Adds to each token's row those of its visits; group by group, so that the order of a sum is always the same."""
+    for tokens, own in zip(order.tokens.split(order.sizes), _of_groups(rows_VF, order), strict=True):
+        rows_TF.index_add_(0, tokens, own)
 
 
 def base(x: Tensor, weight_NK: Tensor | None, bias_N: Tensor | None, out: Tensor) -> Tensor:
@@ -179,7 +187,7 @@ def adapter_grad(
     groups of what the last columns give, that are ``everyone``'s."""
     features, experts = rows_VF.shape[1], order.groups.shape[1]
     own = columns_VC.shape[1] - everyone
-    grad_FEr = torch.zeros(features, order.total, own // experts, dtype=dtype)
+    grad_FEr = rows_VF.new_zeros(features, order.total, own // experts, dtype=dtype)
     grad_FE = grad_FEr.new_zeros(features, everyone)
     for x, s, chosen in zip(_of_groups(rows_VF, order), _of_groups(columns_VC, order), order.groups, strict=True):
         grad = x.T.mm(s).to(dtype)
@@ -192,11 +200,11 @@ def of_experts(adapter_RF: Tensor, order: Order, everyone_EF: Tensor | None = No
     """Of each group, those rows of an adapter that are its experts', and those of ``everyone``: (C, F)."""
     (groups, experts), features = order.groups.shape, adapter_RF.shape[1]
     rank = len(adapter_RF) // order.total
-    own = order.groups[:, :, None] * rank + torch.arange(rank)
-    rows, table = own.view(groups, experts * rank), adapter_RF
+    table = adapter_RF if everyone_EF is None else torch.cat([adapter_RF, everyone_EF])
+    index = torch.arange(len(table), device=order.groups.device)
+    rows = (order.groups[:, :, None] * rank + index[:rank]).view(groups, experts * rank)
     if everyone_EF is not None:
-        table = torch.cat([adapter_RF, everyone_EF])
-        rows = torch.cat([rows, torch.arange(len(adapter_RF), len(table)).expand(groups, -1)], dim=1)
+        rows = torch.cat([rows, index[len(adapter_RF) :].expand(groups, -1)], dim=1)
     room = workspace.empty(adapter_RF, rows.numel(), features)
     return torch.index_select(table, 0, rows.flatten(), out=room).view(*rows.shape, features).unbind(0)
 

@@ -55,6 +55,20 @@ def test_grouped_form_repeats_bit_for_bit(case: MlpCase) -> None:
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
+@pytest.mark.parametrize("H", [1, 3])
+@pytest.mark.parametrize(("form", "E"), [("dense", 4), ("grouped", 4), ("grouped", 8)])  # by set, and by expert
+def test_everything_is_made_on_the_device_of_the_input(form: str, E: int, H: int) -> None:
+    i = mlp_inputs(MlpCase(T=33, K=24, inner=40, E=E, r=2, H=H, top_k=2, bias=True))
+    adapters = (i.lora_a, i.lora_b, i.router_weights)
+    settings = (i.mask, torch.tensor(3), 2, 2.0, 0.1)
+    with torch.device("meta"):  # what names no device is made there, and cannot be computed with
+        y, *_, saved = portable.forward(
+            i.x, i.weights, i.biases, *adapters, i.router_biases, i.selection_biases, *settings, form
+        )
+        dx, *_ = portable.backward(i.dy, i.dsums, i.x, i.weights, *adapters, saved, *settings, True, True, True, form)
+    assert y.isfinite().all() and dx.isfinite().all()
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_grouped_form_under_activation_checkpointing(use_reentrant: bool) -> None:
     case = MlpCase(T=33, K=24, inner=40, E=4, r=4, H=3, p=0.1)
