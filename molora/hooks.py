@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 def attach(model: nn.Module, state: State) -> None:
     """Make ``state`` the model's own, at ``model.molora``, and the model bring the losses of its routers."""
     model.molora = state  # type: ignore[assignment] # a plain attribute, not a submodule
+    if (head := getattr(model, "get_output_embeddings", lambda: None)()) is not None:
+        state.hooks.append(head.register_forward_pre_hook(_contiguous))
     if state.routers:
         state.hooks.append(model.register_forward_pre_hook(_begin, with_kwargs=True))
         state.hooks.append(model.register_forward_hook(_end, with_kwargs=True, always_call=True))
@@ -41,6 +43,12 @@ def attach(model: nn.Module, state: State) -> None:
         config: Any = model.config
         text_config = config.get_text_config()  # the config itself, where a model does nothing but text
         text_config.output_router_logits, text_config.router_aux_loss_coef = True, 1.0
+
+
+def _contiguous(_head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """For a product with a frozen matrix and a slice of the hidden states, which is what generation asks for after a
+    prompt, torch copies the matrix once for each row of the batch, unless the slice is contiguous."""
+    return tuple(x.contiguous() for x in args)
 
 
 def save_adapter_alone(model: nn.Module) -> None:
