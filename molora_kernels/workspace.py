@@ -42,16 +42,24 @@ def scope() -> Iterator[None]:
                 _own.memory = torch.empty(_own.wanted, dtype=torch.uint8, device="cpu")
 
 
-def empty(like: Tensor, *shape: int) -> Tensor:
-    """A matrix of any content, of the dtype and device of ``like``, until the present :func:`scope` is left."""
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A matrix of any content on the device of ``like``, and of its dtype if none is given, until the present
+    :func:`scope` is left."""
+    dtype = dtype or like.dtype
     if like.device.type != "cpu":  # CUDA's allocator keeps memory by itself
-        return like.new_empty(shape)
-    start, size = _own.used, torch.Size(shape).numel() * like.element_size()
+        return like.new_empty(shape, dtype=dtype)
+    start, size = _own.used, torch.Size(shape).numel() * dtype.itemsize
     _own.used += -(-size // _ALIGNMENT) * _ALIGNMENT
     _own.wanted = max(_own.wanted, _own.used)
     if _own.used > len(_own.memory):
-        return like.new_empty(shape)  # this once: there will be room when all that is in use has been given back
-    return _own.memory[start : start + size].view(like.dtype).view(shape)
+        # This once: there will be room when all that is in use has been given back.
+        return like.new_empty(shape, dtype=dtype)
+    return _own.memory[start : start + size].view(dtype).view(shape)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` itself, or a copy in this dtype until the present :func:`scope` is left."""
+    return x if x.dtype == dtype else empty(x, *x.shape, dtype=dtype).copy_(x)
 
 
 def release() -> None:

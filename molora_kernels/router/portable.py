@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from molora_kernels import workspace
+
 
 def forward(
     x_TK: Tensor,
@@ -22,7 +24,8 @@ def forward(
     heads, experts, features = weight_HEK.shape
     dtype = torch.promote_types(torch.float32, x_TK.dtype)
     weight = weight_HEK.reshape(heads * experts, features).to(dtype)
-    logits = torch.mm(x_TK.to(dtype), weight.T).view(-1, heads, experts)
+    with workspace.scope():
+        logits = torch.mm(workspace.cast(x_TK, dtype), weight.T).view(-1, heads, experts)
     if bias_HE is not None:
         logits += bias_HE.to(dtype)
     logits_HET = _experts_first(logits)
@@ -84,7 +87,8 @@ def backward(
         weight = weight_HEK.reshape(heads * experts, features).to(flat.dtype)
         dx = torch.mm(flat, weight).to(x_TK.dtype)
     if need_drouter:
-        dweight = torch.mm(flat.T, x_TK.to(flat.dtype)).view(heads, experts, features)
+        with workspace.scope():
+            dweight = torch.mm(flat.T, workspace.cast(x_TK, flat.dtype)).view(heads, experts, features)
         dbias = dlogits.sum(0)
     return dx, dweight, dbias
 
@@ -123,5 +127,6 @@ def dlogits_of(
 
 def grads_of(dlogits_THE: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The gradients of weight and bias of each router that reads x, in the routers' precision."""
-    dweights = dlogits_THE.flatten(1).T.mm(x.to(dlogits_THE.dtype)).split(dlogits_THE.shape[2])
+    with workspace.scope():
+        dweights = dlogits_THE.flatten(1).T.mm(workspace.cast(x, dlogits_THE.dtype)).split(dlogits_THE.shape[2])
     return [(dweight.clone(), dlogits.sum(0)) for dweight, dlogits in zip(dweights, dlogits_THE.unbind(1), strict=True)]
