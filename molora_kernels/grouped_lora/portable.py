@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from molora_kernels import workspace
 from molora_kernels.dropout import dropout_mask, survivor_scale
 
 
+@workspace.scope()
 def forward(
     x_TK: Tensor,
     weights_NK: list[Tensor],
@@ -27,7 +29,7 @@ def forward(
     """One (T, N) output per projection, and the ungated shrink s (T, G * R) that backward needs."""
     dtype = x_TK.dtype
     kept = kept_of(x_TK, dropout_seed, dropout_p, stream)
-    s = (x_TK if kept is None else x_TK * kept).mm(scaled(torch.cat(lora_a_RK), dropout_p).to(dtype).T)
+    s = _masked(x_TK, kept).mm(scaled(torch.cat(lora_a_RK), dropout_p).to(dtype).T)
     groups = len(lora_b_NR)
     gated = gate(s, gates_THE, groups, scaling)
     outputs = []
@@ -42,6 +44,7 @@ def forward(
     return outputs, s
 
 
+@workspace.scope()
 def backward(
     dys_TN: list[Tensor],
     x_TK: Tensor,
@@ -84,7 +87,7 @@ def backward(
     kept = kept_of(x_TK, dropout_seed, dropout_p, stream) if need_dlora or need_dx else None
     da = x_TK.new_empty(0)
     if need_dlora:
-        da_KR = (x_TK if kept is None else x_TK * kept).T.mm(ds)  # features as rows: the other way takes a third longer
+        da_KR = _masked(x_TK, kept).T.mm(ds)  # features as rows: the other way takes a third longer
         da = scaled(da_KR.T.to(lora_a_RK[0].dtype).contiguous(), dropout_p)
 
     dx = x_TK.new_empty(0)
@@ -127,6 +130,11 @@ def kept_of(x_TK: Tensor, seed: Tensor | None, p: float, stream: int) -> Tensor 
         return None
     assert seed is not None
     return dropout_mask(seed, x_TK.shape[0], x_TK.shape[1], p, stream)
+
+
+def _masked(x_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
+    """Zero where dropout drops; in the workspace."""
+    return x_TK if kept_TK is None else torch.mul(x_TK, kept_TK, out=workspace.empty(x_TK, *x_TK.shape))
 
 
 def scaled(a: Tensor, p: float) -> Tensor:

@@ -154,7 +154,10 @@ def base(x: Tensor, weight_NK: Tensor | None, bias_N: Tensor | None, out: Tensor
 
 def masked_(rows_VF: Tensor, kept_TF: Tensor | None, order: Order) -> Tensor:
     """Sorted rows, zero where dropout drops."""
-    return rows_VF if kept_TF is None else rows_VF.mul_(kept_TF.index_select(0, order.tokens))
+    if kept_TF is not None:
+        with workspace.scope():
+            rows_VF.mul_(sorted_rows(kept_TF, order))
+    return rows_VF
 
 
 def shrink(rows_VF: Tensor, adapter_RF: Tensor, order: Order, out: Tensor | None = None) -> Tensor:
