@@ -29,7 +29,7 @@ RIDGE = {80: 156, 86: 76, 89: 164, 90: 295, 100: 281, 120: 117}
 CPU_RIDGE, CPU_RIDGE_FP32 = 80, 56
 """Rank left out per visit of a row from which moving the row pays: in bf16, and in fp32, whose products take longer."""
 CPU_ROWS = 256
-"""Rows a group has to have on average."""
+"""Rows that a group has on average from which its products run at full speed; with fewer, more has to be spared."""
 
 
 class use_form:
@@ -89,7 +89,7 @@ def choose_form(
     moves about ``6 k`` elements of 16 bits per token and feature more. They are equal at ``(E - k) r = k * ridge``.
 
     CPU, measured (docs/adr/0004-dense-experts.md): the same balance, with rows moved once where tokens are
-    sorted by set and k times where by expert, and an end to it where a group's products are too short.
+    sorted by set and k times where by expert; short groups count as if they had more rows to move.
     """
     if top_k >= experts:
         return "dense"
@@ -100,7 +100,7 @@ def choose_form(
     if device_type == "cpu":
         by_set = order.sorted_by_set(experts, top_k)
         visits, groups = (1, math.comb(experts, top_k)) if by_set else (top_k, experts)
-        long_enough = tokens * visits >= CPU_ROWS * groups
         ridge = CPU_RIDGE_FP32 if dtype == torch.float32 else CPU_RIDGE
-        return "grouped" if long_enough and (experts - top_k) * rank > ridge * visits else "dense"
+        moved = max(tokens * visits, CPU_ROWS * groups)
+        return "grouped" if (experts - top_k) * rank * tokens > ridge * moved else "dense"
     return "dense"

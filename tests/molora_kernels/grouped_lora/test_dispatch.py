@@ -36,6 +36,7 @@ def test_on_a_gpu_many_experts_are_grouped(experts: int, capability: tuple[int, 
         (2048, 8, 2, 16, "dense", "dense"),  # 1.01, 1.04
         (2048, 8, 2, 32, "grouped", "grouped"),  # 0.90, 0.94
         (2048, 16, 2, 16, "grouped", "grouped"),  # 0.84, 0.93
+        (2048, 32, 2, 32, "grouped", "grouped"),  # 0.50
         (1024, 4, 2, 32, "dense", "dense"),  # 1.02
         (512, 4, 2, 32, "dense", "dense"),  # 1.09, 1.16
         (256, 4, 2, 32, "dense", "dense"),  # 1.09, 1.38
