@@ -64,7 +64,9 @@ def _figure(sweeps: list[Result], path: Path) -> Path:
     found: dict[str, Any] = {}
     for ax in axes.flat:
         found |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(columns, 2) + 1, frameon=False, fontsize=9)
+    figure.legend(
+        found.values(), found.keys(), loc="outside lower center", ncols=min(columns, 2) + 1, frameon=False, fontsize=9
+    )
     figure.savefig(path)
     return path
 
