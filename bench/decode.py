@@ -82,7 +82,7 @@ class _Clock(StoppingCriteria):
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override] # declared with LongTensor
         self.note(input_ids.device)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 

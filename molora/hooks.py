@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 
 def attach(model: nn.Module, state: State) -> None:
-    """Make ``state`` the model's own, at ``model.molora``, and the model bring the losses of its routers."""
+    """Make ``state`` the model's own, at ``model.molora``, the model bring the losses of its routers, and the input of
+    its head contiguous."""
     model.molora = state  # type: ignore[assignment] # a plain attribute, not a submodule
     if (head := getattr(model, "get_output_embeddings", lambda: None)()) is not None:
         state.hooks.append(head.register_forward_pre_hook(_contiguous))

@@ -37,7 +37,6 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """y, sums, counts, and what backward needs: [h_gate, h_up, s_in, s_down, gates_in, logits_in, gates_down,
     logits_down], of which the gates and logits are empty where there is no such router."""
-
     if form == "grouped" and sorted_by_set(router_weights[0].shape[0], top_k):
         return by_set.forward(
             x_TK, weights, biases, lora_a, lora_b, router_weights, router_biases, selection_biases, mask_T,
