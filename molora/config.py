@@ -232,7 +232,7 @@ class Logging(Section):
 
 
 class Kernels(Section):
-    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    backend: Literal["auto", "triton", "torch", "inductor", "reference"] = "auto"
     form: Literal["auto", "dense", "grouped"] = "auto"
     """Every expert on every token, or the chosen ones alone on tokens sorted by them; ``auto``: the faster one."""
 

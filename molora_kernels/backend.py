@@ -2,8 +2,10 @@
 
 - ``triton``: the kernels; CUDA devices (or, with ``TRITON_INTERPRET=1``, the interpreter on any device).
 - ``torch``: plain PyTorch with a hand-written backward; any device.
+- ``inductor``: the same with what lies between its matrix products compiled to C++ at first use; CPUs with a compiler.
 - ``reference``: the specification, eager and differentiated by autograd; any device, any dtype up to fp64. Slow.
-- ``auto``: ``triton`` for CUDA tensors when Triton is installed, else ``torch``.
+- ``auto``: ``triton`` for CUDA tensors when Triton is installed, ``inductor`` for CPU tensors when a C++ compiler is,
+  else ``torch``.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ import functools
 import importlib.util
 import logging
 import os
+import shutil
+import sys
 from typing import Literal, get_args
 
 import torch
 
-Backend = Literal["auto", "triton", "torch", "reference"]
-Resolved = Literal["triton", "torch", "reference"]
+Backend = Literal["auto", "triton", "torch", "inductor", "reference"]
+Resolved = Literal["triton", "torch", "inductor", "reference"]
 
 _log = logging.getLogger("molora_kernels")
 _choice: Backend = "auto"
@@ -30,7 +34,8 @@ class use_backend:
     >>> with use_backend("reference"):  # doctest: +SKIP
     ...     y = grouped_lora(...)
 
-    Raises ``ValueError`` for an unknown name and ``RuntimeError`` if Triton is chosen but not installed.
+    Raises ``ValueError`` for an unknown name and ``RuntimeError`` if Triton is chosen but not installed, or inductor
+    where there is no C++ compiler.
     """
 
     def __init__(self, name: Backend) -> None:
@@ -39,6 +44,11 @@ class use_backend:
             raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(get_args(Backend))}")
         if name == "triton" and not _triton_installed():
             raise RuntimeError("backend 'triton' needs the package triton: pip install triton, or choose 'torch'")
+        if name == "inductor" and not _compiler_installed():
+            raise RuntimeError(
+                f"backend 'inductor' needs a C++ compiler: no {_compiler()} on the PATH; install it, name another in "
+                "the environment variable CXX, or choose 'torch'"
+            )
         self._name: Backend = name
         self._previous: Backend = _choice
         _choice = name
@@ -61,13 +71,15 @@ def reference_chosen() -> bool:
 def backend_for(device: torch.device) -> Resolved:
     """The backend that a tensor on ``device`` runs on under the present choice.
 
-    Raises RuntimeError if Triton was chosen and has no way to run on ``device``.
+    Raises RuntimeError if Triton or inductor was chosen and has no way to run on ``device``.
     """
     if _choice == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             f"backend 'triton' was chosen, but tensors are on {device.type}: move them to a CUDA device, or choose "
             "'auto' or 'torch'; set TRITON_INTERPRET=1 before the start to run the kernels in Triton's interpreter"
         )
+    if _choice == "inductor" and device.type != "cpu":
+        raise RuntimeError(f"backend 'inductor' is for CPUs, but tensors are on {device.type}: choose 'auto' or 'torch'")
     if _choice != "auto":
         return _choice
     chosen, why = _auto(device.type)
@@ -75,12 +87,37 @@ def backend_for(device: torch.device) -> Resolved:
     return chosen
 
 
+def without_compiler(error: Exception) -> None:
+    """Compiling failed: go on in plain PyTorch and say so, once, unless compiling was asked for."""
+    global _compiles
+    if _choice == "inductor":
+        raise error
+    _compiles = False
+    _log.warning("backend auto: compiling failed, so from here on it is 'torch' on cpu: %s", error)
+
+
+_compiles = True
+"""Until it was seen to fail."""
+
+
 @functools.cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _compiler() -> str:
+    """The C++ compiler that inductor calls."""
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+
+
+@functools.cache
+def _compiler_installed() -> bool:
+    return shutil.which(_compiler()) is not None
+
+
 def _auto(device_type: str) -> tuple[Resolved, str]:
+    if device_type == "cpu" and _compiles and _compiler_installed():
+        return "inductor", f"tensors are on cpu and there is a C++ compiler, {_compiler()}"
     if device_type != "cuda":
         return "torch", f"tensors are on {device_type}"
     if not _triton_installed():

@@ -8,8 +8,14 @@ expectation is exact for the rounded p. The hash is a multiply-xorshift finalise
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from molora_kernels import workspace
+from molora_kernels.one_pass import compiled, one_pass
 
 GOLDEN = 0x9E3779B9
 """2^32 / golden ratio: steps column counters far apart in the hash's input."""
@@ -50,30 +56,77 @@ def dropout_mask(seed: Tensor, rows: int, columns: int, p: float, stream: int = 
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout p={p}: it must lie in [0, 1)")
-    row_keys = _row_keys(seed, rows, stream)
-    pairs = (columns + 1) // 2
-    column_keys = _to_int32(torch.arange(pairs, device=seed.device) * GOLDEN)
+    keys = _row_keys(seed, torch.arange(rows, device=seed.device), stream)
     kept = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
-    step = max(1, _CHUNK // max(pairs, 1))
-    for start in range(0, rows, step):
-        words = _mix_(row_keys[start : start + step, None] + column_keys)
-        # With the top bits turned over, halves as signed numbers are in the order of the unsigned ones. A word's low
-        # half belongs to the even column: what a little-endian view of int32 as int16 gives.
-        words ^= _signed(0x80008000)
-        halves = words.view(torch.int16)[:, :columns]
-        torch.ge(halves, threshold(p) - 32768, out=kept[start : start + step])
+    pair_keys = _column_keys(torch.arange((columns + 1) // 2, device=seed.device))
+    for kept_n, keys_n in _in_cache(columns, kept, keys):
+        _keep(keys_n, pair_keys, p, kept_n)
     return kept
 
 
-def _row_keys(seed: Tensor, rows: int, stream: int) -> Tensor:
+class Dropout(NamedTuple):
+    """A mask that is drawn wherever it is needed. Arguments as in :func:`dropout_mask`; no seed is needed for p = 0."""
+
+    seed: Tensor | None
+    p: float
+    stream: int
+
+    def dropped(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """x, or in the workspace, zero where dropped; its rows are those of ``tokens``, or of all in turn."""
+        return self.drop_(x, tokens, out=workspace.empty(x, *x.shape)) if self.p else x
+
+    def drop_(self, x: Tensor, tokens: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """The same in place, or in ``out``."""
+        if not self.p:
+            return x
+        assert self.seed is not None
+        out = x if out is None else out
+        keys = _row_keys(self.seed, torch.arange(len(x), device=x.device) if tokens is None else tokens, self.stream)
+        columns = torch.arange(x.shape[1], device=x.device)
+        if compiled(x):
+            shifts = (columns % 2 * 16).to(torch.int32)
+            _drop(x, out, keys, _column_keys(columns // 2), shifts, threshold(self.p))
+            return out
+        pair_keys = _column_keys(columns[: (len(columns) + 1) // 2])
+        for x_n, out_n, keys_n in _in_cache(len(columns), x, out, keys):
+            kept = torch.empty(x_n.shape, dtype=torch.bool, device=x.device)
+            torch.mul(x_n, _keep(keys_n, pair_keys, self.p, kept), out=out_n)
+        return out
+
+
+@one_pass(rows=3)
+def _drop(x: Tensor, out: Tensor, row_keys: Tensor, column_keys: Tensor, shifts: Tensor, threshold: int) -> None:
+    """Each element's word is hashed anew, where :func:`_keep` hashes one for two: without a view of halves this is one
+    loop."""
+    words = _mix(row_keys[:, None] + column_keys)
+    out.copy_(torch.where(((words >> shifts) & 0xFFFF) >= threshold, x, 0.0))
+
+
+def _keep(row_keys: Tensor, pair_keys: Tensor, p: float, kept: Tensor) -> Tensor:
+    words = _mix(row_keys[:, None] + pair_keys)
+    # With the top bits turned over, halves as signed numbers are in the order of the unsigned ones. A word's low
+    # half belongs to the even column: what a little-endian view of int32 as int16 gives.
+    words ^= _signed(0x80008000)
+    return torch.ge(words.view(torch.int16)[:, : kept.shape[1]], threshold(p) - 32768, out=kept)
+
+
+def _in_cache(columns: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows at a time, so few that the temporaries of their words stay in a core's cache."""
+    return zip(*(t.split(max(1, 2 * _CHUNK // max(columns, 1))) for t in tensors), strict=True)
+
+
+def _row_keys(seed: Tensor, rows: Tensor, stream: int) -> Tensor:
     low = _to_int32(seed & 0xFFFFFFFF)
     high = _to_int32(((seed >> 32) + stream * GOLDEN) & 0xFFFFFFFF)
-    keys = torch.arange(rows, device=seed.device).to(torch.int32) ^ low
-    return _mix_(_mix_(keys) + high)
+    return _mix(_mix(rows.to(torch.int32) ^ low) + high)
 
 
-def _mix_(x: Tensor) -> Tensor:
-    """The 32-bit finaliser, in place on int32 (PyTorch's >> is arithmetic, hence the masks; products wrap)."""
+def _column_keys(pairs: Tensor) -> Tensor:
+    return _to_int32(pairs * GOLDEN)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The 32-bit finaliser, on int32 that is overwritten (PyTorch's >> is arithmetic, hence the masks; products wrap)."""
     x ^= (x >> 16) & 0xFFFF
     x *= _signed(MULTIPLIERS[0])
     x ^= (x >> 15) & 0x1FFFF

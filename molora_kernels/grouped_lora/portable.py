@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from molora_kernels import workspace
-from molora_kernels.dropout import dropout_mask, survivor_scale
+from molora_kernels.dropout import Dropout, survivor_scale
 
 
 @workspace.scope()
@@ -27,9 +27,8 @@ def forward(
     stream: int,
 ) -> tuple[list[Tensor], Tensor]:
     """One (T, N) output per projection, and the ungated shrink s (T, G * R) that backward needs."""
-    dtype = x_TK.dtype
-    kept = kept_of(x_TK, dropout_seed, dropout_p, stream)
-    s = _masked(x_TK, kept).mm(scaled(torch.cat(lora_a_RK), dropout_p).to(dtype).T)
+    dtype, dropout = x_TK.dtype, Dropout(dropout_seed, dropout_p, stream)
+    s = dropout.dropped(x_TK).mm(scaled(torch.cat(lora_a_RK), dropout_p).to(dtype).T)
     groups = len(lora_b_NR)
     gated = gate(s, gates_THE, groups, scaling)
     outputs = []
@@ -60,21 +59,38 @@ def backward(
     need_dx: bool,
     need_dlora: bool,
     need_dgates: bool,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """dx (T, K), in ``out`` if given, da (G * R, K), db (N, R) per projection, dgates (T, H, E); whatever is not needed
-    has zero elements.
+    """dx (T, K), da (G * R, K), db (N, R) per projection, dgates (T, H, E); whatever is not needed has zero elements.
 
     With S the ungated shrink and c = scaling * gate: ``y = x W^T + (c S) B^T``, so
     ``d(cS) = dy B``, ``dB = dy^T (c S)``, ``dgate_e = scaling * <d(cS)_e, S_e>``, ``dS = c d(cS)``,
     ``dA = dS^T dropout(x)`` and ``dx = dy W + dropout(dS A)``.
     """
-    dtype, groups = x_TK.dtype, len(lora_b_NR)
+    dropout = Dropout(dropout_seed, dropout_p, stream)
+    ds, db, dgates = to_shrink(dys_TN, lora_b_NR, gates_THE, s_TGR, scaling, need_dlora, need_dgates)
+    dx, da = x_TK.new_empty(0), x_TK.new_empty(0)
+    if need_dx:
+        dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, out=torch.empty_like(x_TK))
+    if need_dlora:
+        da = to_adapter(x_TK, ds, dropout, lora_a_RK[0].dtype)
+    return dx, da, db, dgates
+
+
+def to_shrink(
+    dys_TN: list[Tensor],
+    lora_b_NR: list[Tensor],
+    gates_THE: Tensor | None,
+    s_TGR: Tensor,
+    scaling: float,
+    need_dlora: bool,
+    need_dgates: bool,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """ds (T, G * R), and db and dgates as in :func:`backward`."""
+    dtype, groups = s_TGR.dtype, len(lora_b_NR)
     dgated = torch.cat([dy.mm(b.to(dtype)) for dy, b in zip(dys_TN, lora_b_NR, strict=True)], dim=1)
-    dgates = x_TK.new_empty(0)
+    dgates = dgated.new_empty(0)
     if need_dgates and gates_THE is not None:
         dgates = dgates_of(dgated, s_TGR, gates_THE, groups, scaling)
-
     db: list[Tensor] = []
     if need_dlora:
         gated = gate(s_TGR, gates_THE, groups, scaling)
@@ -82,23 +98,38 @@ def backward(
             dy.T.mm(_part(gated, g, groups)).to(b.dtype)
             for g, (dy, b) in enumerate(zip(dys_TN, lora_b_NR, strict=True))
         ]
+    return gate(dgated, gates_THE, groups, scaling), db, dgates
 
-    ds = gate(dgated, gates_THE, groups, scaling)
-    kept = kept_of(x_TK, dropout_seed, dropout_p, stream) if need_dlora or need_dx else None
-    da = x_TK.new_empty(0)
-    if need_dlora:
-        da_KR = _masked(x_TK, kept).T.mm(ds)  # features as rows: the other way takes a third longer
-        da = scaled(da_KR.T.to(lora_a_RK[0].dtype).contiguous(), dropout_p)
 
-    dx = x_TK.new_empty(0)
-    if need_dx:
-        dx = torch.empty_like(x_TK) if out is None else out
-        torch.mm(ds, scaled(torch.cat(lora_a_RK), dropout_p).to(dtype), out=dx)
-        if kept is not None:
-            dx.mul_(kept)
-        for dy, weight in zip(dys_TN, weights_NK, strict=bool(weights_NK)):
-            dx.addmm_(dy, weight)
-    return dx, da, db, dgates
+def to_input(
+    dys_TN: list[Tensor],
+    weights_NK: list[Tensor],
+    lora_a_RK: list[Tensor],
+    ds_TGR: Tensor,
+    dropout: Dropout,
+    out: Tensor,
+    dlogits_TE: Tensor | None = None,
+    router_weights_EK: Tensor | None = None,
+) -> Tensor:
+    """dx (T, K) in ``out``: of the frozen weights, the experts and, if given, the routers."""
+    columns, rows = [ds_TGR], [scaled(torch.cat(lora_a_RK), dropout.p).to(out.dtype)]
+    terms = list(zip(dys_TN, weights_NK, strict=True)) if weights_NK else []
+    if dlogits_TE is not None and router_weights_EK is not None:
+        routers = dlogits_TE.to(out.dtype), router_weights_EK.to(out.dtype)
+        if dropout.p:  # which drops what the experts give, not what the routers do
+            terms.append(routers)
+        else:
+            columns.append(routers[0]), rows.append(routers[1])
+    dropout.drop_(torch.mm(torch.cat(columns, dim=1), torch.cat(rows), out=out))
+    for dy, weight in terms:
+        out.addmm_(dy, weight)
+    return out
+
+
+def to_adapter(x_TK: Tensor, ds_TGR: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
+    """da (G * R, K)."""
+    da_KR = dropout.dropped(x_TK).T.mm(ds_TGR)  # features as rows: the other way takes a third longer
+    return scaled(da_KR.T.to(dtype).contiguous(), dropout.p)
 
 
 def gate(s_TGR: Tensor, gates_THE: Tensor | None, groups: int, scaling: float) -> Tensor:
@@ -122,19 +153,6 @@ def dgates_of(dgated_TGR: Tensor, s_TGR: Tensor, gates_THE: Tensor, groups: int,
 
 def _part(columns_TGR: Tensor, g: int, groups: int) -> Tensor:
     return columns_TGR if groups == 1 else columns_TGR.chunk(groups, dim=1)[g]
-
-
-def kept_of(x_TK: Tensor, seed: Tensor | None, p: float, stream: int) -> Tensor | None:
-    """Dropout's mask of x, if there is dropout."""
-    if not p:
-        return None
-    assert seed is not None
-    return dropout_mask(seed, x_TK.shape[0], x_TK.shape[1], p, stream)
-
-
-def _masked(x_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
-    """Zero where dropout drops; in the workspace."""
-    return x_TK if kept_TK is None else torch.mul(x_TK, kept_TK, out=workspace.empty(x_TK, *x_TK.shape))
 
 
 def scaled(a: Tensor, p: float) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from molora_kernels import workspace
+from molora_kernels.dropout import Dropout
 from molora_kernels.grouped_lora import portable
 from molora_kernels.grouped_lora.order import Order, order_of
 
@@ -32,8 +33,7 @@ def forward(
 ) -> tuple[list[Tensor], Tensor]:
     """One (T, N) output per projection, and the ungated shrinks (V, C) that backward needs, one projection's after
     another's in memory, as (T, G * k * r)."""
-    orders = orders_of(gates_THE, len(lora_a_RK), top_k)
-    kept = portable.kept_of(x_TK, dropout_seed, dropout_p, stream)
+    orders, dropout = orders_of(gates_THE, len(lora_a_RK), top_k), Dropout(dropout_seed, dropout_p, stream)
     s = x_TK.new_empty(len(x_TK), len(lora_a_RK) * top_k * (len(lora_a_RK[0]) // orders[0].total))
     outputs = []
     for g, (order, s_VC) in enumerate(zip(orders, parts(s, orders), strict=True)):
@@ -48,7 +48,7 @@ def forward(
             else:
                 base(x_TK, weight, bias, y)
                 y_VN.zero_()
-            shrink(masked_(x_VK, kept, order), a_RK, order, out=s_VC)
+            shrink(dropout.drop_(x_VK, order.tokens), a_RK, order, out=s_VC)
             expand_(y_VN, gated(s_VC, order, scaling), b_RN, order)
             if order.by_set:
                 torch.index_select(y_VN, 0, order.positions(), out=y)
@@ -75,44 +75,85 @@ def backward(
     need_dlora: bool,
     need_dgates: bool,
     top_k: int,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """dx (T, K), in ``out`` if given, da (G * R, K), db (N, R) per projection, dgates (T, H, E); what is not needed has
-    zero elements."""
-    assert gates_THE is not None
-    orders = orders_of(gates_THE, len(lora_a_RK), top_k)
-    kept = portable.kept_of(x_TK, dropout_seed, dropout_p, stream) if need_dlora or need_dx else None
-    dx = x_TK.new_empty(0)
+    """dx (T, K), da (G * R, K), db (N, R) per projection, dgates (T, H, E); what is not needed has zero elements."""
+    dropout, orders = Dropout(dropout_seed, dropout_p, stream), orders_of(gates_THE, len(lora_a_RK), top_k)
+    ds, db, dgates = to_shrink(dys_TN, lora_b_NR, gates_THE, s, scaling, need_dlora, need_dgates, orders=orders)
+    dx, da = x_TK.new_empty(0), x_TK.new_empty(0)
     if need_dx:
-        dx = torch.zeros_like(x_TK) if out is None else out.zero_()
-    da, db = [], []
+        dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, torch.empty_like(x_TK), orders=orders)
+    if need_dlora:
+        da = to_adapter(x_TK, ds, dropout, lora_a_RK[0].dtype, orders=orders)
+    return dx, da, db, dgates
+
+
+def to_shrink(
+    dys_TN: list[Tensor],
+    lora_b_NR: list[Tensor],
+    gates_THE: Tensor | None,
+    s: Tensor,
+    scaling: float,
+    need_dlora: bool,
+    need_dgates: bool,
+    *,
+    orders: list[Order],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """ds, laid out as the shrinks are, and db and dgates as in :func:`backward`."""
+    assert gates_THE is not None
+    ds, db = torch.empty_like(s), []
     dgates = [gates.new_zeros(gates.shape) for gates in gates_THE.unbind(1)] if need_dgates else []
-    for g, (dy, order, s_VC) in enumerate(zip(dys_TN, orders, parts(s, orders), strict=True)):
-        a_RK, b_RN = adapters(lora_a_RK[g], lora_b_NR[g], x_TK.dtype, dropout_p)
+    shrinks = zip(parts(s, orders), parts(ds, orders), strict=True)
+    for g, (dy, b, order, (s_VC, ds_VC)) in enumerate(zip(dys_TN, lora_b_NR, orders, shrinks, strict=True)):
         with workspace.scope():
             dy_VN = sorted_rows(dy, order)
-            dgated_VC = shrink(dy_VN, b_RN, order)
-            ds_VC = gated(dgated_VC, order, scaling)
+            dgated_VC = shrink(dy_VN, b.T.to(s.dtype).contiguous(), order)
+            ds_VC.copy_(gated(dgated_VC, order, scaling))
             if need_dlora:
-                x_VK = masked_(sorted_rows(x_TK, order), kept, order)
-                da.append(adapter_grad(x_VK, ds_VC, order, lora_a_RK[g].dtype)[0].T)
-                db.append(adapter_grad(dy_VN, gated(s_VC, order, scaling), order, lora_b_NR[g].dtype)[0])
+                db.append(adapter_grad(dy_VN, gated(s_VC, order, scaling), order, b.dtype)[0])
             if need_dgates:
                 add_dgates_(dgates[min(g, len(dgates) - 1)], dgated_VC, s_VC, order, scaling)
-            if need_dx:
-                own_VK = workspace.empty(dy_VN, len(dy_VN), a_RK.shape[1]).zero_()
-                masked_(expand_(own_VK, ds_VC, a_RK, order), kept, order)
-                if weights_NK and order.by_set:
-                    own_VK.addmm_(dy_VN, weights_NK[g])
-                elif weights_NK:
-                    dx.addmm_(dy, weights_NK[g])
-                add_back_(dx, own_VK, order)
-    return (
-        dx,
-        portable.scaled(torch.cat(da), dropout_p) if da else x_TK.new_empty(0),
-        db,
-        torch.stack(dgates, dim=1) if need_dgates else x_TK.new_empty(0),
-    )
+    return ds, db, torch.stack(dgates, dim=1) if need_dgates else s.new_empty(0)
+
+
+def to_input(
+    dys_TN: list[Tensor],
+    weights_NK: list[Tensor],
+    lora_a_RK: list[Tensor],
+    ds: Tensor,
+    dropout: Dropout,
+    out: Tensor,
+    dlogits_TE: Tensor | None = None,
+    router_weights_EK: Tensor | None = None,
+    *,
+    orders: list[Order],
+) -> Tensor:
+    """dx (T, K) in ``out``: of the frozen weights, the experts and, if given, the routers."""
+    out.zero_()
+    for g, (dy, a_RK, order, ds_VC) in enumerate(zip(dys_TN, lora_a_RK, orders, parts(ds, orders), strict=True)):
+        with workspace.scope():
+            own_VK = workspace.empty(out, len(ds_VC), out.shape[1]).zero_()
+            expand_(own_VK, ds_VC, portable.scaled(a_RK, dropout.p).to(out.dtype), order)
+            dropout.drop_(own_VK, order.tokens)
+            if weights_NK and order.by_set:
+                own_VK.addmm_(sorted_rows(dy, order), weights_NK[g])
+            elif weights_NK:
+                out.addmm_(dy, weights_NK[g])
+            add_back_(out, own_VK, order)
+    if dlogits_TE is not None and router_weights_EK is not None:
+        out.addmm_(dlogits_TE.to(out.dtype), router_weights_EK.to(out.dtype))
+    return out
+
+
+def to_adapter(
+    x_TK: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype, *, orders: list[Order]
+) -> Tensor:
+    """da (G * R, K)."""
+    da = []
+    for order, ds_VC in zip(orders, parts(ds, orders), strict=True):
+        with workspace.scope():
+            x_VK = dropout.drop_(sorted_rows(x_TK, order), order.tokens)
+            da.append(adapter_grad(x_VK, ds_VC, order, dtype)[0].T)
+    return portable.scaled(torch.cat(da), dropout.p)
 
 
 def orders_of(gates_THE: Tensor | None, projections: int, top_k: int) -> list[Order]:
@@ -150,14 +191,6 @@ def base(x: Tensor, weight_NK: Tensor | None, bias_N: Tensor | None, out: Tensor
     if bias_N is None:
         return torch.mm(x, weight_NK.T, out=out)
     return torch.addmm(bias_N, x, weight_NK.T, out=out)
-
-
-def masked_(rows_VF: Tensor, kept_TF: Tensor | None, order: Order) -> Tensor:
-    """Sorted rows, zero where dropout drops."""
-    if kept_TF is not None:
-        with workspace.scope():
-            rows_VF.mul_(sorted_rows(kept_TF, order))
-    return rows_VF
 
 
 def shrink(rows_VF: Tensor, adapter_RF: Tensor, order: Order, out: Tensor | None = None) -> Tensor:

@@ -10,11 +10,14 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from molora_kernels import workspace
+from molora_kernels.dropout import Dropout
 from molora_kernels.grouped_lora import portable, portable_grouped
 from molora_kernels.grouped_lora.order import sorted_by_set
 from molora_kernels.mlp_block import portable_grouped as by_set
+from molora_kernels.one_pass import one_pass
 from molora_kernels.router import portable as router
 
 
@@ -56,7 +59,8 @@ def forward(
     (h_gate, h_up), s_in = project(
         x_TK, weights[:2], biases[:2], lora_a[:2], lora_b[:2], gates_in, dropout_seed, scaling, dropout_p, 0
     )
-    h = _swiglu(h_gate, h_up)
+    h = workspace.empty(h_gate, *h_gate.shape)
+    _swiglu(h_gate, h_up, h)
     if len(router_weights) == 3:
         gates_down, logits_down, sums_down, counts_down = route(h, slice(2, 3))
         sums, counts = torch.cat([sums, sums_down]), torch.cat([counts, counts_down])
@@ -96,60 +100,63 @@ def backward(
         )  # fmt: skip
     h_gate, h_up, s_in, s_down, *routed = saved
     gates_in, logits_in, gates_down, logits_down = (None if t.numel() == 0 and t.ndim == 1 else t for t in routed)
-    dtype = x_TK.dtype
+    of_down = gates_in if gates_down is None else gates_down
     # Experts of gate and up train through down's router too, so frozen routers do not spare their logits' gradient.
     need_dlogits = bool(router_weights) and (need_dx or need_drouter or need_dlora)
-    settings = (dropout_seed, scaling, dropout_p)
-
-    project = functools.partial(portable_grouped.backward, top_k=top_k) if form == "grouped" else portable.backward
-    h = _swiglu(h_gate, h_up)
-    dh, da_down, db_down, dgates_down = project(
-        [dy_TK], h, weights[2:], lora_a[2:], lora_b[2:], gates_in if gates_down is None else gates_down, s_down,
-        *settings, 1, True, need_dlora, need_dlogits, out=workspace.empty(h, *h.shape),
-    )  # fmt: skip
+    needs, lora = (need_dlora, need_dlogits), portable_grouped if form == "grouped" else portable
+    sorted_in, sorted_down = (
+        {"orders": portable_grouped.orders_of(gates, projections, top_k)} if form == "grouped" else {}
+        for gates, projections in ((gates_in, 2), (of_down, 1))
+    )
     drouter: list[tuple[Tensor, Tensor]] = []
+
+    dropout = Dropout(dropout_seed, dropout_p, stream=1)
+    ds, db_down, dgates_down = lora.to_shrink([dy_TK], lora_b[2:], of_down, s_down, scaling, *needs, **sorted_down)
+    dlogits = None
     if need_dlogits and gates_down is not None and logits_down is not None:
         dsums_down = None if dsums is None else dsums[2:]
-        dlogits_down = router.dlogits_of(dgates_down, dsums_down, logits_down, gates_down, mask_T, top_k)
-        dh.addmm_(dlogits_down[:, 0].to(dtype), router_weights[2].to(dtype))
-        if need_drouter:
-            drouter = router.grads_of(dlogits_down, h)
+        dlogits = router.dlogits_of(dgates_down, dsums_down, logits_down, gates_down, mask_T, top_k)
+    h, dh, dh_up = (workspace.empty(h_gate, *h_gate.shape) for _ in range(3))
+    routed_down = () if dlogits is None else (dlogits[:, 0], router_weights[2])
+    lora.to_input([dy_TK], weights[2:], lora_a[2:], ds, dropout, dh, *routed_down, **sorted_down)
+    _swiglu_backward_(dh, h_gate, h_up, h, dh_up)
+    da_down = lora.to_adapter(h, ds, dropout, lora_a[2].dtype, **sorted_down) if need_dlora else None
+    if dlogits is not None and need_drouter:
+        drouter = router.grads_of(dlogits, h)
 
-    dh_gate, dh_up = _swiglu_backward_(dh, h, h_gate, h_up)
-    dx, da_in, db_in, dgates_in = project(
-        [dh_gate, dh_up], x_TK, weights[:2], lora_a[:2], lora_b[:2], gates_in, s_in,
-        *settings, 0, need_dx, need_dlora, need_dlogits,
-    )  # fmt: skip
+    dropout, dh_in = dropout._replace(stream=0), [dh, dh_up]
+    ds, db_in, dgates_in = lora.to_shrink(dh_in, lora_b[:2], gates_in, s_in, scaling, *needs, **sorted_in)
+    dlogits = None
     if need_dlogits and gates_in is not None and logits_in is not None:
         if gates_down is None:
             dgates_in = dgates_in + dgates_down
         dsums_in = None if dsums is None else dsums[: gates_in.shape[1]]
-        dlogits_in = router.dlogits_of(dgates_in, dsums_in, logits_in, gates_in, mask_T, top_k)
-        if need_dx:
-            dx.addmm_(dlogits_in.flatten(1).to(dtype), torch.cat(router_weights[:2]).to(dtype))
+        dlogits = router.dlogits_of(dgates_in, dsums_in, logits_in, gates_in, mask_T, top_k)
         if need_drouter:
-            drouter = [*router.grads_of(dlogits_in, x_TK), *drouter]
-
-    da = [*(part.clone() for part in da_in.chunk(2)), da_down] if need_dlora else []
+            drouter = [*router.grads_of(dlogits, x_TK), *drouter]
+    dx = x_TK.new_empty(x_TK.shape if need_dx else 0)
+    if need_dx:
+        routed_in = () if dlogits is None else (dlogits.flatten(1), torch.cat(router_weights[:2]))
+        lora.to_input(dh_in, weights[:2], lora_a[:2], ds, dropout, dx, *routed_in, **sorted_in)
+    da: list[Tensor] = []
+    if need_dlora and da_down is not None:
+        da_in = lora.to_adapter(x_TK, ds, dropout, lora_a[0].dtype, **sorted_in)
+        da = [*(part.clone() for part in da_in.chunk(2)), da_down]
     return dx, da, [*db_in, *db_down], [weight for weight, _ in drouter], [bias for _, bias in drouter]
 
 
-_ROWS = 64
-"""Tokens at a time in elementwise passes of several steps: what they read and write stays in a core's cache."""
+@one_pass(rows=3)
+def _swiglu(h_gate: Tensor, h_up: Tensor, out: Tensor) -> None:
+    torch.mul(F.silu(h_gate), h_up, out=out)
 
 
-def _swiglu(h_gate: Tensor, h_up: Tensor) -> Tensor:
-    """In the workspace."""
-    h = workspace.empty(h_gate, *h_gate.shape)
-    return torch.ops.aten.silu.out(h_gate, out=h).mul_(h_up)
-
-
-def _swiglu_backward_(dh: Tensor, h: Tensor, h_gate: Tensor, h_up: Tensor) -> tuple[Tensor, Tensor]:
-    """dh_gate in dh's memory and dh_up in h's."""
-    for dh_n, h_n, gate_n, up_n in zip(*(t.split(_ROWS) for t in (dh, h, h_gate, h_up)), strict=True):
-        torch.ops.aten.silu.out(gate_n, out=h_n).mul_(dh_n)
-        torch.ops.aten.silu_backward.grad_input(dh_n.mul_(up_n), gate_n, grad_input=dh_n)
-    return dh, h
+@one_pass(rows=5)
+def _swiglu_backward_(dh: Tensor, h_gate: Tensor, h_up: Tensor, h: Tensor, dh_up: Tensor) -> None:
+    """h again, dh_up, and dh_gate in the place of dh."""
+    silu = F.silu(h_gate)
+    torch.mul(silu, h_up, out=h)
+    torch.mul(silu, dh, out=dh_up)
+    dh.copy_(torch.ops.aten.silu_backward(dh * h_up, h_gate))
 
 
 def no_routing(x: Tensor) -> tuple[Tensor, Tensor]:

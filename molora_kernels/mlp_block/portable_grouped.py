@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from molora_kernels import workspace
+from molora_kernels.dropout import Dropout
 from molora_kernels.grouped_lora import portable as dense
 from molora_kernels.grouped_lora import portable_grouped as lora
 from molora_kernels.grouped_lora.order import Order, order_of
+from molora_kernels.one_pass import one_pass
 from molora_kernels.router import portable as router
 
 GATE, UP, DOWN = range(3)
@@ -44,32 +46,32 @@ def forward(
         selection = torch.stack(selection_biases[part]) if selection_biases else None
         return router.forward(x, torch.stack(router_weights[part]), bias, selection, mask_T, top_k)
 
-    def project(i: int, x: Tensor, kept: Tensor | None, order: Order, s_TC: Tensor, out: Tensor) -> Tensor:
+    def project(i: int, x: Tensor, dropout: Dropout, order: Order, s_TC: Tensor, out: Tensor) -> Tensor:
         a_RK, b_RN = lora.adapters(lora_a[i], lora_b[i], x.dtype, dropout_p)
         rows = lora.sorted_rows(x, order)
         y = lora.base(rows, weights[i], biases[i] if biases else None, out)
-        lora.shrink(lora.masked_(rows, kept, order), a_RK, order, out=s_TC)
+        lora.shrink(dropout.drop_(rows, order.tokens), a_RK, order, out=s_TC)
         return lora.expand_(y, lora.gated(s_TC, order, scaling), b_RN, order)
 
     gates_in, logits_in, sums, counts = route(x_TK, slice(0, 2))
     gate_order, up_order = lora.orders_of(gates_in, 2, top_k)
     s_in = x_TK.new_empty(len(x_TK), 2 * _columns(lora_a[GATE], gate_order))
     s_gate, s_up = s_in.view(2, len(x_TK), -1)
-    kept = dense.kept_of(x_TK, dropout_seed, dropout_p, 0)
+    dropout = Dropout(dropout_seed, dropout_p, stream=0)
     h_gate, h_up = (x_TK.new_empty(len(x_TK), len(weights[i])) for i in (GATE, UP))
-    project(GATE, x_TK, kept, gate_order, s_gate, h_gate)
-    project(UP, x_TK, kept, up_order, s_up, h_up)
+    project(GATE, x_TK, dropout, gate_order, s_gate, h_gate)
+    project(UP, x_TK, dropout, up_order, s_up, h_up)
 
     h = workspace.empty(h_gate, *h_gate.shape)
-    _swiglu(h_gate, gate_order.positions(), h_up, up_order.positions(), h)
+    _swiglu(h, gate_order.positions(), up_order.positions(), h_gate, h_up)
     gates_down, logits_down, down_order = x_TK.new_empty(0), x_TK.new_empty(0), gate_order
     if len(router_weights) == 3:
         gates_down, logits_down, sums_down, counts_down = route(h, slice(2, 3))
         sums, counts = torch.cat([sums, sums_down]), torch.cat([counts, counts_down])
         down_order = order_of(gates_down[:, 0], top_k)
     s_down = h.new_empty(len(h), _columns(lora_a[DOWN], down_order))
-    kept = dense.kept_of(h, dropout_seed, dropout_p, 1)
-    y = project(DOWN, h, kept, down_order, s_down, workspace.empty(h, len(h), len(weights[DOWN])))
+    dropout = dropout._replace(stream=1)
+    y = project(DOWN, h, dropout, down_order, s_down, workspace.empty(h, len(h), len(weights[DOWN])))
     y = y.index_select(0, down_order.positions())
     return y, sums, counts, [h_gate, h_up, s_in, s_down, gates_in, logits_in, gates_down, logits_down]
 
@@ -113,30 +115,30 @@ def backward(
         lora.add_dgates_(dgates, dgated, shrinks[i], orders[i], scaling)
         return lora.gated(dgated, orders[i], scaling), dgates
 
-    def to_input(i: int, dy_VN: Tensor, ds_VC: Tensor, dlogits_VE: Tensor | None, kept: Tensor | None) -> Tensor:
+    def to_input(i: int, dy_VN: Tensor, ds_VC: Tensor, dlogits_VE: Tensor | None, dropout: Dropout) -> Tensor:
         """Of the frozen weight, the experts and the router."""
         dx = torch.mm(dy_VN, weights[i], out=workspace.empty(dy_VN, len(dy_VN), a_RK[i].shape[1]))
-        if dlogits_VE is not None and kept is None:
+        if dlogits_VE is not None and not dropout.p:
             columns, routers = torch.cat([ds_VC, dlogits_VE.to(dtype)], dim=1), router_weights[i].to(dtype)
             return lora.expand_(dx, columns, a_RK[i], orders[i], routers)
         if dlogits_VE is not None:
             dx.addmm_(dlogits_VE.to(dtype), router_weights[i].to(dtype))
-        if kept is None:
+        if not dropout.p:
             return lora.expand_(dx, ds_VC, a_RK[i], orders[i])
         own = lora.expand_(workspace.empty(dx, *dx.shape).zero_(), ds_VC, a_RK[i], orders[i])
-        return dx.add_(lora.masked_(own, kept, orders[i]))
+        return dx.add_(dropout.drop_(own, orders[i].tokens))
 
-    def to_weights(i: int, x_VK: Tensor, ds_VC: Tensor, dlogits_VE: Tensor | None, kept: Tensor | None) -> None:
+    def to_weights(i: int, x_VK: Tensor, ds_VC: Tensor, dlogits_VE: Tensor | None, dropout: Dropout) -> None:
         """da and drouter; x is overwritten where there is dropout."""
         if dlogits_VE is None or not need_drouter:
             columns, routers = ds_VC, 0
-        elif need_dlora and kept is None and dlogits_VE.dtype == dtype:  # the router's is exact in fp32, or apart
+        elif need_dlora and not dropout.p and dlogits_VE.dtype == dtype:  # the router's is exact in fp32, or apart
             columns, routers = torch.cat([ds_VC, dlogits_VE], dim=1), dlogits_VE.shape[1]
         else:
             columns, routers = ds_VC, 0
             drouter[i] = router.grads_of(dlogits_VE[:, None], x_VK)[0]
         if need_dlora:
-            x_VK = lora.masked_(x_VK, kept, orders[i])
+            dropout.drop_(x_VK, orders[i].tokens)
             grad_KR, grad_KE = lora.adapter_grad(x_VK, columns, orders[i], lora_a[i].dtype, routers)
             da[i] = dense.scaled(grad_KR.T.contiguous(), dropout_p)
             if routers and dlogits_VE is not None:
@@ -152,12 +154,12 @@ def backward(
     if not shared:
         dlogits = dlogits_of(slice(2, 3), dgates_down[:, None], logits_down, gates_down)
         dlogits = dlogits[:, 0].index_select(0, orders[DOWN].tokens)
-    kept = dense.kept_of(h_gate, dropout_seed, dropout_p, 1)
-    dh = to_input(DOWN, dy, ds, dlogits, kept)
+    dropout = Dropout(dropout_seed, dropout_p, stream=1)
+    dh = to_input(DOWN, dy, ds, dlogits, dropout)
     gate_rows, up_rows = (order.positions().index_select(0, orders[DOWN].tokens) for order in orders[:2])
     h, *dh_in = (workspace.empty(h_gate, *h_gate.shape) for _ in range(3))
-    _swiglu_backward_(dh, h_gate, gate_rows, h_up, up_rows, h, *dh_in)
-    to_weights(DOWN, h, ds, dlogits, kept)
+    _swiglu_backward(dh, gate_rows, up_rows, h, h_gate, h_up, *dh_in)
+    to_weights(DOWN, h, ds, dlogits, dropout)
 
     (ds_gate, dgates_gate), (ds_up, dgates_up) = (to_shrink(i, dh_in[i]) for i in (GATE, UP))
     if shared:
@@ -166,55 +168,43 @@ def backward(
     else:
         dgates_in = torch.stack([dgates_gate, dgates_up], dim=1)
         of_gate, of_up = dlogits_of(slice(0, 2), dgates_in, logits_in, gates_in).unbind(1)
-    kept = dense.kept_of(x_TK, dropout_seed, dropout_p, 0) if need_dx or need_dlora else None
+    dropout = dropout._replace(stream=0)
     dx = x_TK.new_empty(x_TK.shape if need_dx else 0)
     for i, ds, dlogits in ((GATE, ds_gate, of_gate), (UP, ds_up, of_up)):
         with workspace.scope():
             dlogits = None if dlogits is None else dlogits.index_select(0, orders[i].tokens)
             if need_dlora or need_drouter:
-                to_weights(i, lora.sorted_rows(x_TK, orders[i]), ds, dlogits, kept)
+                to_weights(i, lora.sorted_rows(x_TK, orders[i]), ds, dlogits, dropout)
             if need_dx and i == GATE:
-                torch.index_select(to_input(i, dh_in[i], ds, dlogits, kept), 0, orders[i].positions(), out=dx)
+                torch.index_select(to_input(i, dh_in[i], ds, dlogits, dropout), 0, orders[i].positions(), out=dx)
             elif need_dx:
-                dx.index_add_(0, orders[i].tokens, to_input(i, dh_in[i], ds, dlogits, kept))
+                dx.index_add_(0, orders[i].tokens, to_input(i, dh_in[i], ds, dlogits, dropout))
     return dx, da, db, [weight for weight, _ in drouter], [bias for _, bias in drouter]
 
 
-_ELEMENTS = 64 * 2816
-"""Of a matrix, at a time, in elementwise passes of several steps: what they read and write stays in a core's cache."""
-
-
-def _swiglu(h_gate: Tensor, gate_rows: Tensor, h_up: Tensor, up_rows: Tensor, out: Tensor) -> None:
+@one_pass(rows=3)
+def _swiglu(out: Tensor, gate_rows: Tensor, up_rows: Tensor, h_gate: Tensor, h_up: Tensor) -> None:
     """``silu(h_gate) * h_up`` of these rows of each."""
-    rows = max(1, _ELEMENTS // h_gate.shape[1])
-    room = workspace.empty(h_gate, rows, h_gate.shape[1])
-    for h_n, gate_n, up_n in zip(*(t.split(rows) for t in (out, gate_rows, up_rows)), strict=True):
-        torch.index_select(h_gate, 0, gate_n, out=h_n)
-        F.silu(h_n, inplace=True).mul_(torch.index_select(h_up, 0, up_n, out=room[: len(up_n)]))
+    torch.mul(F.silu(h_gate.index_select(0, gate_rows)), h_up.index_select(0, up_rows), out=out)
 
 
-def _swiglu_backward_(
+@one_pass(rows=4)
+def _swiglu_backward(
     dh: Tensor,
-    h_gate: Tensor,
     gate_rows: Tensor,
-    h_up: Tensor,
     up_rows: Tensor,
     h: Tensor,
+    h_gate: Tensor,
+    h_up: Tensor,
     dh_gate: Tensor,
     dh_up: Tensor,
 ) -> None:
-    """h in the order of dh; dh_gate and dh_up each in its own. dh is overwritten."""
-    rows = max(1, _ELEMENTS // h_gate.shape[1])
-    rooms = workspace.empty(h_gate, 3, rows, h_gate.shape[1])
-    for h_n, dh_n, gate_n, up_n in zip(*(t.split(rows) for t in (h, dh, gate_rows, up_rows)), strict=True):
-        gate, up, silu = rooms[:, : len(dh_n)]
-        torch.index_select(h_gate, 0, gate_n, out=gate)
-        torch.index_select(h_up, 0, up_n, out=up)
-        torch.ops.aten.silu.out(gate, out=silu)
-        torch.mul(silu, up, out=h_n)
-        dh_up.index_copy_(0, up_n, silu.mul_(dh_n))
-        torch.ops.aten.silu_backward.grad_input(dh_n.mul_(up), gate, grad_input=dh_n)
-        dh_gate.index_copy_(0, gate_n, dh_n)
+    """h in the order of dh; dh_gate and dh_up each in its own."""
+    gate, up = h_gate.index_select(0, gate_rows), h_up.index_select(0, up_rows)
+    silu = F.silu(gate)
+    torch.mul(silu, up, out=h)
+    dh_up.index_copy_(0, up_rows, silu * dh)
+    dh_gate.index_copy_(0, gate_rows, torch.ops.aten.silu_backward(dh * up, gate))
 
 
 def _columns(lora_a_RK: Tensor, order: Order) -> int:

@@ -1,0 +1,53 @@
+"""What is computed element by element, or row by row, between matrix products: the ``inductor`` backend's own part.
+
+PyTorch makes a pass over memory for each operation. A function marked with :func:`one_pass` is written as PyTorch all the
+same; ``torch.compile`` makes one C++ loop of it where the backend is ``inductor``, at its first call, in a second or
+two, and keeps that on disk (TORCHINDUCTOR_CACHE_DIR). Elsewhere it runs as it stands, on some rows at a time, so that
+what it makes in between stays in a core's cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molora_kernels import backend
+
+LEAST_ROWS = 512
+"""From so many rows on a compiled pass is run: with fewer, the call itself costs more than the passes it spares."""
+
+_ELEMENTS = 64 * 2816
+"""Of a matrix, at a time, where a pass is not compiled: what it reads and writes stays in a core's cache."""
+
+
+def compiled(rows: Tensor) -> bool:
+    """Whether a pass over these rows is compiled under the present choice of backend."""
+    return len(rows) >= LEAST_ROWS and backend.backend_for(rows.device) == "inductor"
+
+
+def one_pass(rows: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Mark a function that fills tensors which it is given. Its first ``rows`` arguments are tensors of one length; what
+    it writes to a row of them, and at that row's indices, depends on no other row."""
+
+    def mark(function: Callable[..., None]) -> Callable[..., None]:
+        compile_ = functools.cache(lambda: torch.compile(function, fullgraph=True, dynamic=True))
+
+        @functools.wraps(function)
+        def run(*args: Any) -> None:
+            if compiled(args[0]):
+                try:
+                    return compile_()(*args)
+                except torch._dynamo.exc.BackendCompilerFailed as error:
+                    backend.without_compiler(error)  # nothing was written yet
+            step = max(1, _ELEMENTS * len(args[0]) // max(1, args[0].numel()))
+            for part in zip(*(t.split(step) for t in args[:rows]), strict=True):
+                function(*part, *args[rows:])
+            return None
+
+        return run
+
+    return mark
