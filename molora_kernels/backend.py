@@ -44,7 +44,7 @@ class use_backend:
             raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(get_args(Backend))}")
         if name == "triton" and not _triton_installed():
             raise RuntimeError("backend 'triton' needs the package triton: pip install triton, or choose 'torch'")
-        if name == "inductor" and not _compiler_installed():
+        if name == "inductor" and not compiler_installed():
             raise RuntimeError(
                 f"backend 'inductor' needs a C++ compiler: no {_compiler()} on the PATH; install it, name another in "
                 "the environment variable CXX, or choose 'torch'"
@@ -79,7 +79,9 @@ def backend_for(device: torch.device) -> Resolved:
             "'auto' or 'torch'; set TRITON_INTERPRET=1 before the start to run the kernels in Triton's interpreter"
         )
     if _choice == "inductor" and device.type != "cpu":
-        raise RuntimeError(f"backend 'inductor' is for CPUs, but tensors are on {device.type}: choose 'auto' or 'torch'")
+        raise RuntimeError(
+            f"backend 'inductor' is for CPUs, but tensors are on {device.type}: choose 'auto' or 'torch'"
+        )
     if _choice != "auto":
         return _choice
     chosen, why = _auto(device.type)
@@ -111,12 +113,12 @@ def _compiler() -> str:
 
 
 @functools.cache
-def _compiler_installed() -> bool:
+def compiler_installed() -> bool:
     return shutil.which(_compiler()) is not None
 
 
 def _auto(device_type: str) -> tuple[Resolved, str]:
-    if device_type == "cpu" and _compiles and _compiler_installed():
+    if device_type == "cpu" and _compiles and compiler_installed():
         return "inductor", f"tensors are on cpu and there is a C++ compiler, {_compiler()}"
     if device_type != "cuda":
         return "torch", f"tensors are on {device_type}"

@@ -73,19 +73,19 @@ class Dropout(NamedTuple):
 
     def dropped(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         """x, or in the workspace, zero where dropped; its rows are those of ``tokens``, or of all in turn."""
-        return self.drop_(x, tokens, out=workspace.empty(x, *x.shape)) if self.p else x
+        return self._drop(x, tokens, workspace.empty(x, *x.shape)) if self.p else x
 
-    def drop_(self, x: Tensor, tokens: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """The same in place, or in ``out``."""
-        if not self.p:
-            return x
+    def drop_(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """The same in place."""
+        return self._drop(x, tokens, x) if self.p else x
+
+    def _drop(self, x: Tensor, tokens: Tensor | None, out: Tensor) -> Tensor:
         assert self.seed is not None
-        out = x if out is None else out
         keys = _row_keys(self.seed, torch.arange(len(x), device=x.device) if tokens is None else tokens, self.stream)
         columns = torch.arange(x.shape[1], device=x.device)
         if compiled(x):
-            shifts = (columns % 2 * 16).to(torch.int32)
-            _drop(x, out, keys, _column_keys(columns // 2), shifts, threshold(self.p))
+            how = keys, _column_keys(columns // 2), (columns % 2 * 16).to(torch.int32), threshold(self.p)
+            _drop_in_place(x, *how) if out is x else _drop_into(out, x, *how)
             return out
         pair_keys = _column_keys(columns[: (len(columns) + 1) // 2])
         for x_n, out_n, keys_n in _in_cache(len(columns), x, out, keys):
@@ -95,11 +95,16 @@ class Dropout(NamedTuple):
 
 
 @one_pass(rows=3)
-def _drop(x: Tensor, out: Tensor, row_keys: Tensor, column_keys: Tensor, shifts: Tensor, threshold: int) -> None:
+def _drop_into(out: Tensor, x: Tensor, row_keys: Tensor, column_keys: Tensor, shifts: Tensor, threshold: int) -> None:
     """Each element's word is hashed anew, where :func:`_keep` hashes one for two: without a view of halves this is one
     loop."""
     words = _mix(row_keys[:, None] + column_keys)
     out.copy_(torch.where(((words >> shifts) & 0xFFFF) >= threshold, x, 0.0))
+
+
+@one_pass(rows=2)
+def _drop_in_place(x: Tensor, row_keys: Tensor, column_keys: Tensor, shifts: Tensor, threshold: int) -> None:
+    _drop_into.__wrapped__(x, x, row_keys, column_keys, shifts, threshold)
 
 
 def _keep(row_keys: Tensor, pair_keys: Tensor, p: float, kept: Tensor) -> Tensor:
@@ -126,7 +131,7 @@ def _column_keys(pairs: Tensor) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The 32-bit finaliser, on int32 that is overwritten (PyTorch's >> is arithmetic, hence the masks; products wrap)."""
+    """The 32-bit finaliser; int32, overwritten (PyTorch's >> is arithmetic, hence the masks; products wrap)."""
     x ^= (x >> 16) & 0xFFFF
     x *= _signed(MULTIPLIERS[0])
     x ^= (x >> 15) & 0x1FFFF

@@ -1,9 +1,9 @@
 """What is computed element by element, or row by row, between matrix products: the ``inductor`` backend's own part.
 
-PyTorch makes a pass over memory for each operation. A function marked with :func:`one_pass` is written as PyTorch all the
-same; ``torch.compile`` makes one C++ loop of it where the backend is ``inductor``, at its first call, in a second or
-two, and keeps that on disk (TORCHINDUCTOR_CACHE_DIR). Elsewhere it runs as it stands, on some rows at a time, so that
-what it makes in between stays in a core's cache.
+PyTorch makes a pass over memory for each operation. A function marked with :func:`one_pass` is written as PyTorch all
+the same; where the backend is ``inductor``, ``torch.compile`` makes one C++ loop of it at its first call, in a second
+or two, and keeps that on disk (TORCHINDUCTOR_CACHE_DIR). Elsewhere it runs as it stands, on some rows at a time, so
+that what it makes in between stays in a core's cache.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ _ELEMENTS = 64 * 2816
 
 def compiled(rows: Tensor) -> bool:
     """Whether a pass over these rows is compiled under the present choice of backend."""
-    return len(rows) >= LEAST_ROWS and backend.backend_for(rows.device) == "inductor"
+    if len(rows) < LEAST_ROWS or torch.is_inference_mode_enabled():  # whose tensors would want loops of their own
+        return False
+    return backend.backend_for(rows.device) == "inductor"
 
 
 def one_pass(rows: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Mark a function that fills tensors which it is given. Its first ``rows`` arguments are tensors of one length; what
-    it writes to a row of them, and at that row's indices, depends on no other row."""
+    """Mark a function that fills tensors which it is given. Its first ``rows`` arguments are tensors of one length:
+    what it writes to a row of them, or where that row's indices point, depends on no other row."""
 
     def mark(function: Callable[..., None]) -> Callable[..., None]:
         compile_ = functools.cache(lambda: torch.compile(function, fullgraph=True, dynamic=True))
@@ -40,7 +42,11 @@ def one_pass(rows: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
         def run(*args: Any) -> None:
             if compiled(args[0]):
                 try:
-                    return compile_()(*args)
+                    with torch.no_grad():
+                        # Without their history: of a view, or of what requires grad, it would make another loop.
+                        return compile_()(*(a.data if isinstance(a, Tensor) else a for a in args))
+                except torch._dynamo.exc.FailOnRecompileLimitHit:
+                    pass  # more dtypes and layouts than torch.compile keeps of one function
                 except torch._dynamo.exc.BackendCompilerFailed as error:
                     backend.without_compiler(error)  # nothing was written yet
             step = max(1, _ELEMENTS * len(args[0]) // max(1, args[0].numel()))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from molora_kernels import workspace
 from molora_kernels.dropout import Dropout, survivor_scale
+from molora_kernels.one_pass import one_pass
 
 
 @workspace.scope()
@@ -72,7 +73,7 @@ def backward(
     if need_dx:
         dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, out=torch.empty_like(x_TK))
     if need_dlora:
-        da = to_adapter(x_TK, ds, dropout, lora_a_RK[0].dtype)
+        da, _ = to_adapter(x_TK, ds, dropout, lora_a_RK[0].dtype)
     return dx, da, db, dgates
 
 
@@ -88,17 +89,14 @@ def to_shrink(
     """ds (T, G * R), and db and dgates as in :func:`backward`."""
     dtype, groups = s_TGR.dtype, len(lora_b_NR)
     dgated = torch.cat([dy.mm(b.to(dtype)) for dy, b in zip(dys_TN, lora_b_NR, strict=True)], dim=1)
-    dgates = dgated.new_empty(0)
-    if need_dgates and gates_THE is not None:
-        dgates = dgates_of(dgated, s_TGR, gates_THE, groups, scaling)
+    ds, gated, dgates = gate_backward(dgated, s_TGR, gates_THE, groups, scaling)
     db: list[Tensor] = []
     if need_dlora:
-        gated = gate(s_TGR, gates_THE, groups, scaling)
         db = [
             dy.T.mm(_part(gated, g, groups)).to(b.dtype)
             for g, (dy, b) in enumerate(zip(dys_TN, lora_b_NR, strict=True))
         ]
-    return gate(dgated, gates_THE, groups, scaling), db, dgates
+    return ds, db, dgates if need_dgates else dgated.new_empty(0)
 
 
 def to_input(
@@ -126,10 +124,19 @@ def to_input(
     return out
 
 
-def to_adapter(x_TK: Tensor, ds_TGR: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
-    """da (G * R, K)."""
-    da_KR = dropout.dropped(x_TK).T.mm(ds_TGR)  # features as rows: the other way takes a third longer
-    return scaled(da_KR.T.to(dtype).contiguous(), dropout.p)
+def to_adapter(
+    x_TK: Tensor, ds_TGR: Tensor, dropout: Dropout, dtype: torch.dtype, columns_TC: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """da (G * R, K), and (K, C), x^T times ``columns``, which are others'."""
+    if columns_TC is None:
+        columns_TC = ds_TGR[:, :0]
+    # Features as rows: the other way takes a third longer.
+    if dropout.p:
+        da_KR, others_KC = dropout.dropped(x_TK).T.mm(ds_TGR), x_TK.T.mm(columns_TC)
+    else:
+        both = x_TK.T.mm(torch.cat([ds_TGR, columns_TC], dim=1))
+        da_KR, others_KC = both.split([ds_TGR.shape[1], columns_TC.shape[1]], dim=1)
+    return scaled(da_KR.T.to(dtype).contiguous(), dropout.p), others_KC
 
 
 def gate(s_TGR: Tensor, gates_THE: Tensor | None, groups: int, scaling: float) -> Tensor:
@@ -142,13 +149,27 @@ def gate(s_TGR: Tensor, gates_THE: Tensor | None, groups: int, scaling: float) -
     return (s * (gates_THE * scaling).unsqueeze(-1)).to(s_TGR.dtype).view(s_TGR.shape)
 
 
-def dgates_of(dgated_TGR: Tensor, s_TGR: Tensor, gates_THE: Tensor, groups: int, scaling: float) -> Tensor:
-    """(T, H, E): per expert the inner product of the gated shrink's gradient with the shrink."""
-    _, heads, experts = gates_THE.shape
-    shape = (s_TGR.shape[0], groups, experts, s_TGR.shape[1] // (groups * experts))
-    products = dgated_TGR.to(gates_THE.dtype) * s_TGR.to(gates_THE.dtype)
-    dgates = products.view(shape).sum(-1).mul_(scaling)
-    return dgates if heads == groups else dgates.sum(1, keepdim=True)
+def gate_backward(
+    dgated_TGR: Tensor, s_TGR: Tensor, gates_THE: Tensor | None, groups: int, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ds; the gated shrink again; dgates (T, H, E): per expert the inner product of the gated shrink's gradient with
+    the shrink."""
+    if gates_THE is None:
+        return dgated_TGR * scaling, s_TGR * scaling, dgated_TGR.new_empty(0)
+    tokens, heads, experts = gates_THE.shape
+    c_TE = (gates_THE * scaling).expand(tokens, groups, experts).reshape(tokens, groups * experts)
+    ds, gated, dgates_TE = torch.empty_like(dgated_TGR), torch.empty_like(s_TGR), torch.empty_like(c_TE)
+    shape = (tokens, groups * experts, s_TGR.shape[1] // (groups * experts))
+    _gate_backward(*(t.view(shape) for t in (dgated_TGR, s_TGR, ds, gated)), c_TE[:, :, None], dgates_TE)
+    dgates = dgates_TE.mul_(scaling).view(tokens, groups, experts)
+    return ds, gated, dgates if heads == groups else dgates.sum(1, keepdim=True)
+
+
+@one_pass(rows=6)
+def _gate_backward(dgated: Tensor, s: Tensor, ds: Tensor, gated: Tensor, c: Tensor, dgates: Tensor) -> None:
+    ds.copy_(dgated * c)
+    gated.copy_(s * c)
+    dgates.copy_((dgated.to(c.dtype) * s.to(c.dtype)).sum(-1))
 
 
 def _part(columns_TGR: Tensor, g: int, groups: int) -> Tensor:

@@ -83,7 +83,7 @@ def backward(
     if need_dx:
         dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, torch.empty_like(x_TK), orders=orders)
     if need_dlora:
-        da = to_adapter(x_TK, ds, dropout, lora_a_RK[0].dtype, orders=orders)
+        da, _ = to_adapter(x_TK, ds, dropout, lora_a_RK[0].dtype, orders=orders)
     return dx, da, db, dgates
 
 
@@ -107,11 +107,12 @@ def to_shrink(
         with workspace.scope():
             dy_VN = sorted_rows(dy, order)
             dgated_VC = shrink(dy_VN, b.T.to(s.dtype).contiguous(), order)
-            ds_VC.copy_(gated(dgated_VC, order, scaling))
+            own, gated_VC, own_dgates = gate_backward(dgated_VC, s_VC, order, scaling)
+            ds_VC.copy_(own)
             if need_dlora:
-                db.append(adapter_grad(dy_VN, gated(s_VC, order, scaling), order, b.dtype)[0])
+                db.append(adapter_grad(dy_VN, gated_VC, order, b.dtype)[0])
             if need_dgates:
-                add_dgates_(dgates[min(g, len(dgates) - 1)], dgated_VC, s_VC, order, scaling)
+                add_dgates_(dgates[min(g, len(dgates) - 1)], own_dgates, order)
     return ds, db, torch.stack(dgates, dim=1) if need_dgates else s.new_empty(0)
 
 
@@ -145,15 +146,22 @@ def to_input(
 
 
 def to_adapter(
-    x_TK: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype, *, orders: list[Order]
-) -> Tensor:
-    """da (G * R, K)."""
+    x_TK: Tensor,
+    ds: Tensor,
+    dropout: Dropout,
+    dtype: torch.dtype,
+    columns_TC: Tensor | None = None,
+    *,
+    orders: list[Order],
+) -> tuple[Tensor, Tensor]:
+    """da (G * R, K), and (K, C), x^T times ``columns``, which are others'."""
+    others_KC = x_TK.T.mm(x_TK[:, :0] if columns_TC is None else columns_TC)
     da = []
     for order, ds_VC in zip(orders, parts(ds, orders), strict=True):
         with workspace.scope():
             x_VK = dropout.drop_(sorted_rows(x_TK, order), order.tokens)
             da.append(adapter_grad(x_VK, ds_VC, order, dtype)[0].T)
-    return portable.scaled(torch.cat(da), dropout.p)
+    return portable.scaled(torch.cat(da), dropout.p), others_KC
 
 
 def orders_of(gates_THE: Tensor | None, projections: int, top_k: int) -> list[Order]:
@@ -254,8 +262,13 @@ def gated(s_VC: Tensor, order: Order, scaling: float) -> Tensor:
     return portable.gate(s_VC, order.gates[:, None], 1, scaling)
 
 
-def add_dgates_(dgates_TE: Tensor, dgated_VC: Tensor, s_VC: Tensor, order: Order, scaling: float) -> None:
+def gate_backward(dgated_VC: Tensor, s_VC: Tensor, order: Order, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """ds and the gated shrink (V, C), and the gradients of the visits' own gates (V, M)."""
+    ds, gated_VC, dgates = portable.gate_backward(dgated_VC, s_VC, order.gates[:, None], 1, scaling)
+    return ds, gated_VC, dgates[:, 0]
+
+
+def add_dgates_(dgates_TE: Tensor, own_VM: Tensor, order: Order) -> None:
     """The gradients of the chosen gates; the others' stay as they are."""
-    own_VM = portable.dgates_of(dgated_VC, s_VC, order.gates[:, None], 1, scaling)[:, 0]
     where = order.tokens[:, None] * dgates_TE.shape[1] + order.experts
     dgates_TE.view(-1).index_add_(0, where.view(-1), own_VM.reshape(-1))

@@ -7,6 +7,7 @@ pre-activations, the shrinks, gates and logits. That is less than autograd saves
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +109,21 @@ def backward(
         {"orders": portable_grouped.orders_of(gates, projections, top_k)} if form == "grouped" else {}
         for gates, projections in ((gates_in, 2), (of_down, 1))
     )
-    drouter: list[tuple[Tensor, Tensor]] = []
+
+    def to_weights(
+        x: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype, dlogits: Tensor | None, orders: dict[str, Any]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """da, and the routers' gradients: in one product where that is exact enough."""
+        dlogits = dlogits if need_drouter else None
+        columns = None if dlogits is None or not need_dlora else router.columns_of(dlogits, x.dtype)
+        da, drouter = x.new_empty(0), []
+        if need_dlora:
+            da, products = lora.to_adapter(x, ds, dropout, dtype, columns, **orders)
+            if columns is not None and dlogits is not None:
+                return da, router.grads_of_columns(products, dlogits)
+        if dlogits is not None:
+            drouter = router.grads_of(dlogits, x)
+        return da, drouter
 
     dropout = Dropout(dropout_seed, dropout_p, stream=1)
     ds, db_down, dgates_down = lora.to_shrink([dy_TK], lora_b[2:], of_down, s_down, scaling, *needs, **sorted_down)
@@ -120,9 +135,7 @@ def backward(
     routed_down = () if dlogits is None else (dlogits[:, 0], router_weights[2])
     lora.to_input([dy_TK], weights[2:], lora_a[2:], ds, dropout, dh, *routed_down, **sorted_down)
     _swiglu_backward_(dh, h_gate, h_up, h, dh_up)
-    da_down = lora.to_adapter(h, ds, dropout, lora_a[2].dtype, **sorted_down) if need_dlora else None
-    if dlogits is not None and need_drouter:
-        drouter = router.grads_of(dlogits, h)
+    da_down, drouter_down = to_weights(h, ds, dropout, lora_a[2].dtype, dlogits, sorted_down)
 
     dropout, dh_in = dropout._replace(stream=0), [dh, dh_up]
     ds, db_in, dgates_in = lora.to_shrink(dh_in, lora_b[:2], gates_in, s_in, scaling, *needs, **sorted_in)
@@ -132,17 +145,14 @@ def backward(
             dgates_in = dgates_in + dgates_down
         dsums_in = None if dsums is None else dsums[: gates_in.shape[1]]
         dlogits = router.dlogits_of(dgates_in, dsums_in, logits_in, gates_in, mask_T, top_k)
-        if need_drouter:
-            drouter = [*router.grads_of(dlogits, x_TK), *drouter]
     dx = x_TK.new_empty(x_TK.shape if need_dx else 0)
     if need_dx:
         routed_in = () if dlogits is None else (dlogits.flatten(1), torch.cat(router_weights[:2]))
         lora.to_input(dh_in, weights[:2], lora_a[:2], ds, dropout, dx, *routed_in, **sorted_in)
-    da: list[Tensor] = []
-    if need_dlora and da_down is not None:
-        da_in = lora.to_adapter(x_TK, ds, dropout, lora_a[0].dtype, **sorted_in)
-        da = [*(part.clone() for part in da_in.chunk(2)), da_down]
-    return dx, da, [*db_in, *db_down], [weight for weight, _ in drouter], [bias for _, bias in drouter]
+    da_in, drouter_in = to_weights(x_TK, ds, dropout, lora_a[0].dtype, dlogits, sorted_in)
+    da = [*(part.clone() for part in da_in.chunk(2)), da_down] if need_dlora else []
+    dweights, dbiases = zip(*drouter_in, *drouter_down, strict=True) if need_drouter else ([], [])
+    return dx, da, [*db_in, *db_down], list(dweights), list(dbiases)
 
 
 @one_pass(rows=3)

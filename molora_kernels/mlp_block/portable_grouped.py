@@ -108,12 +108,12 @@ def backward(
     def to_shrink(i: int, dy_VN: Tensor) -> tuple[Tensor, Tensor]:
         """ds and dgates; db on the way."""
         dgated = lora.shrink(dy_VN, b_RN[i], orders[i])
+        ds, gated, own_dgates = lora.gate_backward(dgated, shrinks[i], orders[i], scaling)
         if need_dlora:
-            gated = lora.gated(shrinks[i], orders[i], scaling)
             db[i], _ = lora.adapter_grad(dy_VN, gated, orders[i], lora_b[i].dtype)
         dgates = torch.zeros_like(gates_in[:, 0])
-        lora.add_dgates_(dgates, dgated, shrinks[i], orders[i], scaling)
-        return lora.gated(dgated, orders[i], scaling), dgates
+        lora.add_dgates_(dgates, own_dgates, orders[i])
+        return ds, dgates
 
     def to_input(i: int, dy_VN: Tensor, ds_VC: Tensor, dlogits_VE: Tensor | None, dropout: Dropout) -> Tensor:
         """Of the frozen weight, the experts and the router."""
@@ -130,19 +130,19 @@ def backward(
 
     def to_weights(i: int, x_VK: Tensor, ds_VC: Tensor, dlogits_VE: Tensor | None, dropout: Dropout) -> None:
         """da and drouter; x is overwritten where there is dropout."""
-        if dlogits_VE is None or not need_drouter:
-            columns, routers = ds_VC, 0
-        elif need_dlora and not dropout.p and dlogits_VE.dtype == dtype:  # the router's is exact in fp32, or apart
-            columns, routers = torch.cat([ds_VC, dlogits_VE], dim=1), dlogits_VE.shape[1]
-        else:
-            columns, routers = ds_VC, 0
-            drouter[i] = router.grads_of(dlogits_VE[:, None], x_VK)[0]
+        dlogits = None if dlogits_VE is None or not need_drouter else dlogits_VE[:, None]
+        columns = None if dlogits is None or dropout.p or not need_dlora else router.columns_of(dlogits, dtype)
+        if dlogits is not None and columns is None:
+            drouter[i] = router.grads_of(dlogits, x_VK)[0]
         if need_dlora:
             dropout.drop_(x_VK, orders[i].tokens)
-            grad_KR, grad_KE = lora.adapter_grad(x_VK, columns, orders[i], lora_a[i].dtype, routers)
+            own = ds_VC if columns is None else torch.cat([ds_VC, columns], dim=1)
+            grad_KR, products_KC = lora.adapter_grad(
+                x_VK, own, orders[i], lora_a[i].dtype, 0 if columns is None else columns.shape[1]
+            )
             da[i] = dense.scaled(grad_KR.T.contiguous(), dropout_p)
-            if routers and dlogits_VE is not None:
-                drouter[i] = grad_KE.T.contiguous(), dlogits_VE.sum(0)
+            if columns is not None and dlogits is not None:
+                drouter[i] = router.grads_of_columns(products_KC, dlogits)[0]
 
     def dlogits_of(part: slice, dgates_THE: Tensor, logits_THE: Tensor, gates_THE: Tensor) -> Tensor:
         own = None if dsums is None else dsums[part]

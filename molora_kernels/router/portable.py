@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from molora_kernels import workspace
+from molora_kernels.one_pass import compiled, one_pass
 
 
 def forward(
@@ -24,8 +25,7 @@ def forward(
     heads, experts, features = weight_HEK.shape
     dtype = torch.promote_types(torch.float32, x_TK.dtype)
     weight = weight_HEK.reshape(heads * experts, features).to(dtype)
-    with workspace.scope():
-        logits = torch.mm(workspace.cast(x_TK, dtype), weight.T).view(-1, heads, experts)
+    logits = _logits_of(x_TK, weight).view(-1, heads, experts)
     if bias_HE is not None:
         logits += bias_HE.to(dtype)
     logits_HET = _experts_first(logits)
@@ -41,6 +41,25 @@ def forward(
         valid = mask_T.bool()
         terms, chosen = terms.where(valid, 0.0), chosen.where(valid, 0.0)
     return _tokens_first(gates), logits, terms.sum(-1), chosen.sum(-1)
+
+
+_FEW = 16
+"""Up to so many logits, rows of 16 bits are multiplied as they are read; beyond, a product of a copy is faster."""
+
+
+def _logits_of(x_TK: Tensor, weight_EK: Tensor) -> Tensor:
+    """(T, E) in the weights' dtype."""
+    if x_TK.dtype != weight_EK.dtype and len(weight_EK) <= _FEW and compiled(x_TK):
+        logits = x_TK.new_empty(len(x_TK), len(weight_EK), dtype=weight_EK.dtype)
+        _multiply(x_TK, logits, weight_EK)
+        return logits
+    with workspace.scope():
+        return torch.mm(workspace.cast(x_TK, weight_EK.dtype), weight_EK.T)
+
+
+@one_pass(rows=2)
+def _multiply(x: Tensor, out: Tensor, weight: Tensor) -> None:
+    out.copy_((x[:, None].to(weight.dtype) * weight).sum(-1))
 
 
 def _experts_first(given_THE: Tensor) -> Tensor:
@@ -130,3 +149,22 @@ def grads_of(dlogits_THE: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     with workspace.scope():
         dweights = dlogits_THE.flatten(1).T.mm(workspace.cast(x, dlogits_THE.dtype)).split(dlogits_THE.shape[2])
     return [(dweight.clone(), dlogits.sum(0)) for dweight, dlogits in zip(dweights, dlogits_THE.unbind(1), strict=True)]
+
+
+def columns_of(dlogits_THE: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """(T, C) in ``dtype``, whose product with x^T is the weights' gradient, for whoever multiplies x^T anyway: in bf16
+    two terms of each column, which hold 16 of its bits. None in fp16, whose range is too small for gradients."""
+    columns = dlogits_THE.flatten(1)
+    if dtype == torch.bfloat16:
+        high = columns.to(dtype)
+        return torch.cat([high, (columns - high).to(dtype)], dim=1)
+    return columns if dtype == columns.dtype else None
+
+
+def grads_of_columns(products_KC: Tensor, dlogits_THE: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """As :func:`grads_of`, from the product of x^T with :func:`columns_of`."""
+    _, heads, experts = dlogits_THE.shape
+    terms = products_KC.to(dlogits_THE.dtype).T.reshape(-1, heads, experts, len(products_KC))
+    return [
+        (dweight.clone(), dlogits.sum(0)) for dweight, dlogits in zip(terms.sum(0), dlogits_THE.unbind(1), strict=True)
+    ]

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from molora_kernels import backend, one_pass
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
@@ -30,6 +32,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda *a, _original=original, **k: fill(_original(*a, **k)))
     yield
+
+
+@pytest.fixture
+def every_pass_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The inductor backend compiles passes over few rows too."""
+    if not backend.compiler_installed():
+        pytest.skip("there is no C++ compiler here")
+    monkeypatch.setattr(one_pass, "LEAST_ROWS", 1)
+    with torch._dynamo.config.patch(recompile_limit=64):  # cases have more layouts than a run
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from molora_kernels import dropout_mask
-from molora_kernels.dropout import GOLDEN, MULTIPLIERS, survivor_scale, threshold
+from molora_kernels import dropout_mask, use_backend, workspace
+from molora_kernels.backend import Backend
+from molora_kernels.dropout import GOLDEN, MULTIPLIERS, Dropout, survivor_scale, threshold
 
 SEEDS = [0, 1, -1, 2**62 + 12345, -(2**63)]
 
@@ -60,3 +61,21 @@ def test_no_dropout_keeps_everything_and_bad_p_raises() -> None:
     for p in (-0.1, 1.0):
         with pytest.raises(ValueError, match="dropout p"):
             dropout_mask(torch.tensor(1), 3, 5, p)
+
+
+@pytest.mark.parametrize("backend", ["torch", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [6, 7])
+def test_dropped_is_the_mask_of_each_token(
+    columns: int, dtype: torch.dtype, backend: Backend, every_pass_compiled: None
+) -> None:
+    seed, x = torch.tensor(-(2**40) + 5), torch.randn(50, columns).to(dtype)
+    kept, tokens = dropout_mask(seed, 50, columns, 0.3, stream=1), torch.randperm(50)
+    assert 0 < kept.sum() < kept.numel()
+    dropout = Dropout(seed, 0.3, stream=1)
+    with use_backend(backend), workspace.scope():
+        before = x.clone()
+        assert torch.equal(dropout.dropped(x), x * kept) and torch.equal(x, before)
+        assert torch.equal(dropout.dropped(x[tokens], tokens), (x * kept)[tokens])
+        assert torch.equal(dropout.drop_(x), before * kept) and torch.equal(x, before * kept)
+        assert dropout._replace(p=0.0).dropped(x) is x

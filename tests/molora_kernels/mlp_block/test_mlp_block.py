@@ -49,6 +49,18 @@ def test_torch_backend_follows_the_reference(form: Form, case: MlpCase, dtype: t
     check(mlp_inputs(case, dtype), case, "torch", form)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[4], CASES[5]], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_passes_follow_the_reference(
+    form: Form, case: MlpCase, dtype: torch.dtype, every_pass_compiled: None
+) -> None:
+    i = mlp_inputs(case, dtype)
+    check(i, case, "inductor", form)
+    once, again = (results(i, case, "inductor", form) for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
 @pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[5]], ids=str)
 def test_grouped_form_repeats_bit_for_bit(case: MlpCase) -> None:
     once, again = (results(mlp_inputs(case), case, "torch", "grouped") for _ in range(2))
