@@ -41,13 +41,15 @@ def one_pass(rows: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
         @functools.wraps(function)
         def run(*args: Any) -> None:
             if compiled(args[0]):
+                from torch._dynamo import exc  # takes a second, so not before something is compiled
+
                 try:
                     with torch.no_grad():
                         # Without their history: of a view, or of what requires grad, it would make another loop.
                         return compile_()(*(a.data if isinstance(a, Tensor) else a for a in args))
-                except torch._dynamo.exc.FailOnRecompileLimitHit:
+                except exc.FailOnRecompileLimitHit:
                     pass  # more dtypes and layouts than torch.compile keeps of one function
-                except torch._dynamo.exc.BackendCompilerFailed as error:
+                except exc.BackendCompilerFailed as error:
                     backend.without_compiler(error)  # nothing was written yet
             step = max(1, _ELEMENTS * len(args[0]) // max(1, args[0].numel()))
             for part in zip(*(t.split(step) for t in args[:rows]), strict=True):

@@ -15,6 +15,7 @@ from molora_kernels import workspace
 from molora_kernels.dropout import Dropout
 from molora_kernels.grouped_lora import portable
 from molora_kernels.grouped_lora.order import Order, order_of
+from molora_kernels.one_pass import one_pass
 
 
 @workspace.scope()
@@ -110,7 +111,7 @@ def to_shrink(
             own, gated_VC, own_dgates = gate_backward(dgated_VC, s_VC, order, scaling)
             ds_VC.copy_(own)
             if need_dlora:
-                db.append(adapter_grad(dy_VN, gated_VC, order, b.dtype)[0])
+                db.append(adapter_grad(dy_VN, gated_VC, order, b.dtype)[0].T.contiguous())
             if need_dgates:
                 add_dgates_(dgates[min(g, len(dgates) - 1)], own_dgates, order)
     return ds, db, torch.stack(dgates, dim=1) if need_dgates else s.new_empty(0)
@@ -154,14 +155,14 @@ def to_adapter(
     *,
     orders: list[Order],
 ) -> tuple[Tensor, Tensor]:
-    """da (G * R, K), and (K, C), x^T times ``columns``, which are others'."""
-    others_KC = x_TK.T.mm(x_TK[:, :0] if columns_TC is None else columns_TC)
+    """da (G * R, K), and (C, K), the transposed product of x^T with ``columns``, which are others'."""
+    others_CK = portable.over_rows(x_TK, x_TK[:, :0] if columns_TC is None else columns_TC)
     da = []
     for order, ds_VC in zip(orders, parts(ds, orders), strict=True):
         with workspace.scope():
             x_VK = dropout.drop_(sorted_rows(x_TK, order), order.tokens)
-            da.append(adapter_grad(x_VK, ds_VC, order, dtype)[0].T)
-    return portable.scaled(torch.cat(da), dropout.p), others_KC
+            da.append(adapter_grad(x_VK, ds_VC, order, dtype)[0])
+    return portable.scaled(torch.cat(da), dropout.p), others_CK
 
 
 def orders_of(gates_THE: Tensor | None, projections: int, top_k: int) -> list[Order]:
@@ -178,7 +179,14 @@ def parts(s: Tensor, orders: list[Order]) -> list[Tensor]:
 
 def adapters(lora_a_RK: Tensor, lora_b_NR: Tensor, dtype: torch.dtype, dropout_p: float) -> tuple[Tensor, Tensor]:
     """A with the scale of dropout's survivors, and B transposed, in the dtype of the products."""
-    return portable.scaled(lora_a_RK, dropout_p).to(dtype), lora_b_NR.T.to(dtype).contiguous()
+    b_RN = workspace.empty(lora_b_NR, *lora_b_NR.T.shape, dtype=dtype)
+    _transpose(lora_b_NR, b_RN.T)
+    return portable.scaled(lora_a_RK, dropout_p).to(dtype), b_RN
+
+
+@one_pass(rows=2)
+def _transpose(b: Tensor, out: Tensor) -> None:
+    out.copy_(b)
 
 
 def sorted_rows(x_TF: Tensor, order: Order) -> Tensor:
@@ -227,17 +235,17 @@ def expand_(
 def adapter_grad(
     rows_VF: Tensor, columns_VC: Tensor, order: Order, dtype: torch.dtype, everyone: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """``rows^T columns`` of each group: (F, R), added to the columns of its experts, and (F, E), the sum over all
-    groups of what the last columns give, that are ``everyone``'s."""
+    """``columns^T rows`` of each group: (R, F), added to the rows of its experts, and (E, F), the sum over all groups
+    of what the last columns give, that are ``everyone``'s."""
     features, experts = rows_VF.shape[1], order.groups.shape[1]
     own = columns_VC.shape[1] - everyone
-    grad_FEr = rows_VF.new_zeros(features, order.total, own // experts, dtype=dtype)
-    grad_FE = grad_FEr.new_zeros(features, everyone)
+    grad_ErF = rows_VF.new_zeros(order.total, own // experts, features, dtype=dtype)
+    grad_EF = grad_ErF.new_zeros(everyone, features)
     for x, s, chosen in zip(_of_groups(rows_VF, order), _of_groups(columns_VC, order), order.groups, strict=True):
-        grad = x.T.mm(s).to(dtype)
-        grad_FEr.index_add_(1, chosen, grad[:, :own].unflatten(1, (experts, -1)))
-        grad_FE += grad[:, own:]
-    return grad_FEr.flatten(1), grad_FE
+        grad = portable.over_rows(x, s).to(dtype)
+        grad_ErF.index_add_(0, chosen, grad[:own].unflatten(0, (experts, -1)))
+        grad_EF += grad[own:]
+    return grad_ErF.flatten(0, 1), grad_EF
 
 
 def of_experts(adapter_RF: Tensor, order: Order, everyone_EF: Tensor | None = None) -> tuple[Tensor, ...]:

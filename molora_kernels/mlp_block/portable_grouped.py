@@ -110,7 +110,7 @@ def backward(
         dgated = lora.shrink(dy_VN, b_RN[i], orders[i])
         ds, gated, own_dgates = lora.gate_backward(dgated, shrinks[i], orders[i], scaling)
         if need_dlora:
-            db[i], _ = lora.adapter_grad(dy_VN, gated, orders[i], lora_b[i].dtype)
+            db[i] = lora.adapter_grad(dy_VN, gated, orders[i], lora_b[i].dtype)[0].T.contiguous()
         dgates = torch.zeros_like(gates_in[:, 0])
         lora.add_dgates_(dgates, own_dgates, orders[i])
         return ds, dgates
@@ -137,12 +137,12 @@ def backward(
         if need_dlora:
             dropout.drop_(x_VK, orders[i].tokens)
             own = ds_VC if columns is None else torch.cat([ds_VC, columns], dim=1)
-            grad_KR, products_KC = lora.adapter_grad(
+            da[i], products_CK = lora.adapter_grad(
                 x_VK, own, orders[i], lora_a[i].dtype, 0 if columns is None else columns.shape[1]
             )
-            da[i] = dense.scaled(grad_KR.T.contiguous(), dropout_p)
+            da[i] = dense.scaled(da[i], dropout_p)
             if columns is not None and dlogits is not None:
-                drouter[i] = router.grads_of_columns(products_KC, dlogits)[0]
+                drouter[i] = router.grads_of_columns(products_CK, dlogits)[0]
 
     def dlogits_of(part: slice, dgates_THE: Tensor, logits_THE: Tensor, gates_THE: Tensor) -> Tensor:
         own = None if dsums is None else dsums[part]
@@ -169,16 +169,17 @@ def backward(
         dgates_in = torch.stack([dgates_gate, dgates_up], dim=1)
         of_gate, of_up = dlogits_of(slice(0, 2), dgates_in, logits_in, gates_in).unbind(1)
     dropout = dropout._replace(stream=0)
-    dx = x_TK.new_empty(x_TK.shape if need_dx else 0)
+    dx_in = []
     for i, ds, dlogits in ((GATE, ds_gate, of_gate), (UP, ds_up, of_up)):
-        with workspace.scope():
-            dlogits = None if dlogits is None else dlogits.index_select(0, orders[i].tokens)
-            if need_dlora or need_drouter:
+        dlogits = None if dlogits is None else dlogits.index_select(0, orders[i].tokens)
+        if need_dx:
+            dx_in.append(to_input(i, dh_in[i], ds, dlogits, dropout))
+        if need_dlora or need_drouter:
+            with workspace.scope():
                 to_weights(i, lora.sorted_rows(x_TK, orders[i]), ds, dlogits, dropout)
-            if need_dx and i == GATE:
-                torch.index_select(to_input(i, dh_in[i], ds, dlogits, dropout), 0, orders[i].positions(), out=dx)
-            elif need_dx:
-                dx.index_add_(0, orders[i].tokens, to_input(i, dh_in[i], ds, dlogits, dropout))
+    dx = x_TK.new_empty(x_TK.shape if need_dx else 0)
+    if need_dx:
+        _add(dx, orders[GATE].positions(), orders[UP].positions(), *dx_in)
     return dx, da, db, [weight for weight, _ in drouter], [bias for _, bias in drouter]
 
 
@@ -205,6 +206,12 @@ def _swiglu_backward(
     torch.mul(silu, up, out=h)
     dh_up.index_copy_(0, up_rows, silu * dh)
     dh_gate.index_copy_(0, gate_rows, torch.ops.aten.silu_backward(dh * up, gate))
+
+
+@one_pass(rows=3)
+def _add(out: Tensor, gate_rows: Tensor, up_rows: Tensor, of_gate: Tensor, of_up: Tensor) -> None:
+    """The sum of these rows of each."""
+    torch.add(of_gate.index_select(0, gate_rows), of_up.index_select(0, up_rows), out=out)
 
 
 def _columns(lora_a_RK: Tensor, order: Order) -> int:

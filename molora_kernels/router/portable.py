@@ -161,10 +161,10 @@ def columns_of(dlogits_THE: Tensor, dtype: torch.dtype) -> Tensor | None:
     return columns if dtype == columns.dtype else None
 
 
-def grads_of_columns(products_KC: Tensor, dlogits_THE: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """As :func:`grads_of`, from the product of x^T with :func:`columns_of`."""
+def grads_of_columns(products_CK: Tensor, dlogits_THE: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """As :func:`grads_of`, from the transposed product of x^T with :func:`columns_of`."""
     _, heads, experts = dlogits_THE.shape
-    terms = products_KC.to(dlogits_THE.dtype).T.reshape(-1, heads, experts, len(products_KC))
+    terms = products_CK.to(dlogits_THE.dtype).reshape(-1, heads, experts, products_CK.shape[1])
     return [
         (dweight.clone(), dlogits.sum(0)) for dweight, dlogits in zip(terms.sum(0), dlogits_THE.unbind(1), strict=True)
     ]
