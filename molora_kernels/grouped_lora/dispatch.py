@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from molora_kernels.cpu import has_amx
 from molora_kernels.grouped_lora import order
 
 Form = Literal["auto", "dense", "grouped"]
@@ -26,8 +27,9 @@ RIDGE = {80: 156, 86: 76, 89: 164, 90: 295, 100: 281, 120: 117}
 4090, H100, B200, 5090)."""
 
 
-CPU_RIDGE, CPU_RIDGE_FP32 = 80, 56
-"""Rank left out per visit of a row from which moving the row pays: in bf16, and in fp32, whose products take longer."""
+CPU_RIDGE = {False: {4: 56, 2: 80}, True: {4: 100, 2: 300}}
+"""Rank left out per visit of a row from which moving the row pays, measured on a CPU without and with matrix units
+(AMX), for elements of 4 and of 2 bytes. The faster the products, the more must be spared."""
 CPU_ROWS = 256
 """Rows that a group has on average from which its products run at full speed; with fewer, more has to be spared."""
 
@@ -67,11 +69,11 @@ def form_for(x: Tensor, experts: int, top_k: int | None, rank: int) -> Resolved:
         return "dense"
     if _choice != "auto":
         return _choice
-    capability = None
+    capability, amx = None, x.device.type == "cpu" and has_amx()
     if x.device.type == "cuda":
         properties = torch.cuda.get_device_properties(x.device)  # which, unlike the capability, torch.compile can trace
         capability = (properties.major, properties.minor)
-    return choose_form(x.shape[0], experts, top_k, rank, x.dtype, x.device.type, capability)
+    return choose_form(x.shape[0], experts, top_k, rank, x.dtype, x.device.type, capability, amx)
 
 
 def choose_form(
@@ -82,6 +84,7 @@ def choose_form(
     dtype: torch.dtype,
     device_type: str,
     capability: tuple[int, int] | None = None,
+    amx: bool = False,
 ) -> Resolved:
     """The faster form, forward and backward together. Both cost in proportion to the features, so these do not count.
 
@@ -100,7 +103,7 @@ def choose_form(
     if device_type == "cpu":
         by_set = order.sorted_by_set(experts, top_k)
         visits, groups = (1, math.comb(experts, top_k)) if by_set else (top_k, experts)
-        ridge = CPU_RIDGE_FP32 if dtype == torch.float32 else CPU_RIDGE
+        ridge = CPU_RIDGE[amx][2 if dtype.itemsize == 2 else 4]
         moved = max(tokens * visits, CPU_ROWS * groups)
         return "grouped" if (experts - top_k) * rank * tokens > ridge * moved else "dense"
     return "dense"

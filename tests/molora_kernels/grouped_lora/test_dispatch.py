@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from molora_kernels import grouped_lora, use_form
+from molora_kernels.cpu import has_amx
 from molora_kernels.grouped_lora import dispatch, order
 from molora_kernels.grouped_lora.dispatch import Resolved, choose_form
 
@@ -51,6 +52,28 @@ def test_on_a_cpu_the_form_is_the_one_measured_faster(
     assert choose_form(tokens, experts, top_k, rank, torch.bfloat16, "cpu") == bf16
 
 
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "rank", "fp32", "bf16"),
+    [  # likewise on one with AMX
+        (2048, 4, 2, 32, "dense", "dense"),  # 1.03, 1.34
+        (2048, 4, 2, 64, "grouped", "dense"),  # 0.98, 1.32
+        (2048, 8, 2, 16, "dense", "dense"),  # 1.15, 1.76
+        (2048, 8, 2, 32, "dense", "dense"),  # 1.02, 1.53
+        (2048, 16, 2, 32, "grouped", "dense"),  # 0.82, 1.47
+        (2048, 32, 2, 32, "grouped", "dense"),  # 0.63, 1.26
+        (2048, 32, 2, 64, "grouped", "grouped"),  # bf16: 0.82
+        (8192, 32, 2, 32, "grouped", "grouped"),  # bf16: 0.82
+        (2048, 64, 2, 64, "grouped", "grouped"),  # bf16: 0.67
+        (512, 8, 2, 32, "dense", "dense"),  # 1.13, 1.85
+    ],
+)
+def test_the_faster_a_cpu_multiplies_the_more_must_be_spared(
+    tokens: int, experts: int, top_k: int, rank: int, fp32: Resolved, bf16: Resolved
+) -> None:
+    assert choose_form(tokens, experts, top_k, rank, torch.float32, "cpu", amx=True) == fp32
+    assert choose_form(tokens, experts, top_k, rank, torch.bfloat16, "cpu", amx=True) == bf16
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_with_all_experts_chosen_there_is_nothing_to_group(device: str) -> None:
     assert choose_form(8192, 64, 64, 64, torch.float32, device, (8, 0)) == "dense"
@@ -62,7 +85,7 @@ def test_the_rule_can_be_overruled_and_this_undone() -> None:
         with use_form(form):
             assert dispatch.form_for(x, 4, 2, 8) == form
             assert dispatch.form_for(x, 4, None, 8) == dispatch.form_for(x, 4, 4, 8) == "dense"
-    assert dispatch.form_for(x, 4, 2, 8) == choose_form(8, 4, 2, 8, x.dtype, "cpu")
+    assert dispatch.form_for(x, 4, 2, 8) == choose_form(8, 4, 2, 8, x.dtype, "cpu", amx=has_amx())
     with pytest.raises(ValueError, match="choose one of"):
         use_form("sparse")  # type: ignore[arg-type]
 
