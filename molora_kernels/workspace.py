@@ -3,12 +3,15 @@
 Memory fresh from the operating system costs a page fault for every 4 KiB: on the machine of docs/log.md a pass that
 writes it takes five times as long as one that writes memory used before, and the allocator gives large tensors back
 between calls. So what lives only within a call is placed in one buffer, which grows to the largest call's need and
-stays.
+stays; and the memory of what is returned or saved is used again when nobody holds it any more.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -62,6 +65,61 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else empty(x, *x.shape, dtype=dtype).copy_(x)
 
 
+def lasting(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """As :func:`empty`, to be returned or saved: its memory comes back when nobody holds the tensor or a view of it."""
+    dtype = dtype or like.dtype
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if like.device.type != "cpu" or size < _LARGE:
+        return like.new_empty(shape, dtype=dtype)
+    memory = _kept.take(size)
+    # A tensor made from this holds it, and so does every view and every saved copy, until the last of them is gone.
+    block = (ctypes.c_uint8 * size).from_address(memory.data_ptr())
+    weakref.finalize(block, _kept.returned.append, memory).atexit = False
+    return torch.frombuffer(block, dtype=dtype).view(shape)
+
+
+_LARGE = 1 << 20
+"""Bytes from which the allocator takes memory from the system for each tensor anew."""
+
+
+class _Kept:
+    """Memory that was used before. All that is held, used or free, is never more than was once in use together."""
+
+    def __init__(self) -> None:
+        self.returned: deque[Tensor] = deque()
+        """What a finalizer gives back, in any thread at any moment: an append needs no lock."""
+        self.free: list[Tensor] = []
+        self.used = self.most = 0
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> Tensor:
+        with self._lock:
+            while self.returned:
+                self.free.append(self.returned.popleft())
+                self.used -= len(self.free[-1])
+            fitting = [m for m in self.free if size <= len(m) <= 2 * size]
+            if fitting:
+                memory = min(fitting, key=len)
+                self.free = [m for m in self.free if m is not memory]
+            else:
+                while self.free and self.used + sum(map(len, self.free)) + size > self.most:
+                    self.free.pop(0)
+                with torch.inference_mode(False):
+                    memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+            self.used += len(memory)
+            self.most = max(self.most, self.used)
+            return memory
+
+    def clear(self) -> None:
+        with self._lock:
+            self.free.clear()
+            self.most = self.used
+
+
+_kept = _Kept()
+
+
 def release() -> None:
-    """Give this thread's memory back to the system; the next call takes it anew."""
+    """Give memory back to the system: this thread's, and all that is free. The next call takes it anew."""
+    _kept.clear()
     _own.memory, _own.wanted = torch.empty(0, dtype=torch.uint8, device="cpu"), 0

@@ -30,18 +30,21 @@ def forward(
 ) -> tuple[list[Tensor], Tensor]:
     """One (T, N) output per projection, and the ungated shrink s (T, G * R) that backward needs."""
     dtype, dropout = x_TK.dtype, Dropout(dropout_seed, dropout_p, stream)
-    s = dropout.dropped(x_TK).mm(scaled(torch.cat(lora_a_RK), dropout_p).to(dtype).T)
+    a_RK = scaled(torch.cat(lora_a_RK), dropout_p).to(dtype)
+    s = torch.mm(dropout.dropped(x_TK), a_RK.T, out=workspace.lasting(x_TK, len(x_TK), len(a_RK)))
     groups = len(lora_b_NR)
     gated = gate(s, gates_THE, groups, scaling)
     outputs = []
     for g, b in enumerate(lora_b_NR):
         part, b_RN = _part(gated, g, groups), b.to(dtype).T
+        y = workspace.lasting(x_TK, len(x_TK), len(b))
         if not weights_NK:
-            outputs.append(torch.mm(part, b_RN))
-            continue
-        w_KN = weights_NK[g].T
-        y = torch.mm(x_TK, w_KN) if not biases_N else torch.addmm(biases_N[g], x_TK, w_KN)
-        outputs.append(y.addmm_(part, b_RN))
+            torch.mm(part, b_RN, out=y)
+        elif not biases_N:
+            torch.mm(x_TK, weights_NK[g].T, out=y).addmm_(part, b_RN)
+        else:
+            torch.addmm(biases_N[g], x_TK, weights_NK[g].T, out=y).addmm_(part, b_RN)
+        outputs.append(y)
     return outputs, s
 
 
@@ -72,7 +75,7 @@ def backward(
     ds, db, dgates = to_shrink(dys_TN, lora_b_NR, gates_THE, s_TGR, scaling, need_dlora, need_dgates)
     dx, da = x_TK.new_empty(0), x_TK.new_empty(0)
     if need_dx:
-        dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, out=torch.empty_like(x_TK))
+        dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, out=workspace.lasting(x_TK, *x_TK.shape))
     if need_dlora:
         da, _ = to_adapter(x_TK, ds, dropout, lora_a_RK[0].dtype)
     return dx, da, db, dgates

@@ -40,7 +40,7 @@ def forward(
     for g, (order, s_VC) in enumerate(zip(orders, parts(s, orders), strict=True)):
         a_RK, b_RN = adapters(lora_a_RK[g], lora_b_NR[g], x_TK.dtype, dropout_p)
         weight, bias = weights_NK[g] if weights_NK else None, biases_N[g] if biases_N else None
-        y = x_TK.new_empty(len(x_TK), b_RN.shape[1])
+        y = workspace.lasting(x_TK, len(x_TK), b_RN.shape[1])
         with workspace.scope():
             x_VK = sorted_rows(x_TK, order)
             y_VN = workspace.empty(x_TK, len(x_VK), b_RN.shape[1])
@@ -82,7 +82,7 @@ def backward(
     ds, db, dgates = to_shrink(dys_TN, lora_b_NR, gates_THE, s, scaling, need_dlora, need_dgates, orders=orders)
     dx, da = x_TK.new_empty(0), x_TK.new_empty(0)
     if need_dx:
-        dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, torch.empty_like(x_TK), orders=orders)
+        dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, workspace.lasting(x_TK, *x_TK.shape), orders=orders)
     if need_dlora:
         da, _ = to_adapter(x_TK, ds, dropout, lora_a_RK[0].dtype, orders=orders)
     return dx, da, db, dgates

@@ -145,8 +145,9 @@ def backward(
             dgates_in = dgates_in + dgates_down
         dsums_in = None if dsums is None else dsums[: gates_in.shape[1]]
         dlogits = router.dlogits_of(dgates_in, dsums_in, logits_in, gates_in, mask_T, top_k)
-    dx = x_TK.new_empty(x_TK.shape if need_dx else 0)
+    dx = x_TK.new_empty(0)
     if need_dx:
+        dx = workspace.lasting(x_TK, *x_TK.shape)
         routed_in = () if dlogits is None else (dlogits.flatten(1), torch.cat(router_weights[:2]))
         lora.to_input(dh_in, weights[:2], lora_a[:2], ds, dropout, dx, *routed_in, **sorted_in)
     da_in, drouter_in = to_weights(x_TK, ds, dropout, lora_a[0].dtype, dlogits, sorted_in)

@@ -55,10 +55,10 @@ def forward(
 
     gates_in, logits_in, sums, counts = route(x_TK, slice(0, 2))
     gate_order, up_order = lora.orders_of(gates_in, 2, top_k)
-    s_in = x_TK.new_empty(len(x_TK), 2 * _columns(lora_a[GATE], gate_order))
+    s_in = workspace.lasting(x_TK, len(x_TK), 2 * _columns(lora_a[GATE], gate_order))
     s_gate, s_up = s_in.view(2, len(x_TK), -1)
     dropout = Dropout(dropout_seed, dropout_p, stream=0)
-    h_gate, h_up = (x_TK.new_empty(len(x_TK), len(weights[i])) for i in (GATE, UP))
+    h_gate, h_up = (workspace.lasting(x_TK, len(x_TK), len(weights[i])) for i in (GATE, UP))
     project(GATE, x_TK, dropout, gate_order, s_gate, h_gate)
     project(UP, x_TK, dropout, up_order, s_up, h_up)
 
@@ -72,7 +72,7 @@ def forward(
     s_down = h.new_empty(len(h), _columns(lora_a[DOWN], down_order))
     dropout = dropout._replace(stream=1)
     y = project(DOWN, h, dropout, down_order, s_down, workspace.empty(h, len(h), len(weights[DOWN])))
-    y = y.index_select(0, down_order.positions())
+    y = torch.index_select(y, 0, down_order.positions(), out=workspace.lasting(y, *y.shape))
     return y, sums, counts, [h_gate, h_up, s_in, s_down, gates_in, logits_in, gates_down, logits_down]
 
 
@@ -177,8 +177,9 @@ def backward(
         if need_dlora or need_drouter:
             with workspace.scope():
                 to_weights(i, lora.sorted_rows(x_TK, orders[i]), ds, dlogits, dropout)
-    dx = x_TK.new_empty(x_TK.shape if need_dx else 0)
+    dx = x_TK.new_empty(0)
     if need_dx:
+        dx = workspace.lasting(x_TK, *x_TK.shape)
         _add(dx, orders[GATE].positions(), orders[UP].positions(), *dx_in)
     return dx, da, db, [weight for weight, _ in drouter], [bias for _, bias in drouter]
 

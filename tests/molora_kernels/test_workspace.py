@@ -93,3 +93,57 @@ def test_nothing_that_leaves_the_block_lies_in_it(form: Form, routers: int) -> N
             left = (out.y, out.sums, out.counts, *out.gates, *torch.autograd.grad(out.y, leaves, torch.randn(20, 16)))
             memory = own_memory()
             assert memory not in addresses(*left, *saved)
+
+
+def test_lasting_memory_comes_back_when_the_last_view_is_gone() -> None:
+    like = torch.zeros(1)
+    first = workspace.lasting(like, 1024, 512).fill_(1.0)
+    where, view = first.data_ptr(), first[3:].T
+    del first
+    second = workspace.lasting(like, 1024, 512).fill_(2.0)
+    assert second.data_ptr() != where and (view == 1.0).all()
+    del view
+    third = workspace.lasting(like, 600, 512)  # what fits with less than half to spare is used again
+    assert third.data_ptr() == where and workspace.lasting(like, 100, 512).data_ptr() != where
+    assert third.shape == (600, 512) and third.dtype == torch.float32 and third.is_contiguous()
+
+
+def test_lasting_memory_is_held_by_a_graph_until_backward() -> None:
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+            kept = workspace.lasting(x, *x.shape).copy_(x)
+            ctx.where = kept.data_ptr()
+            ctx.save_for_backward(kept)
+            return kept.square()
+
+        @staticmethod
+        def backward(ctx, dy: Tensor) -> Tensor:  # type: ignore[override]
+            return 2 * dy * ctx.saved_tensors[0]
+
+    x = torch.randn(1024, 512, requires_grad=True)
+    y = Square.apply(x)
+    where = y.grad_fn.where
+    other = workspace.lasting(x, *x.shape).fill_(0.0)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(x))
+    assert torch.equal(dx, 2 * x.detach()) and other.data_ptr() != where
+    assert workspace.lasting(x, *x.shape).data_ptr() == where
+
+
+def test_lasting_memory_comes_back_from_any_thread() -> None:
+    held = [workspace.lasting(torch.zeros(1), 1024, 512)]
+    where = held[0].data_ptr()
+    thread = threading.Thread(target=held.clear)
+    thread.start()
+    thread.join()
+    assert workspace.lasting(torch.zeros(1), 1024, 512).data_ptr() == where
+
+
+def test_lasting_memory_is_never_more_than_was_in_use_at_once() -> None:
+    like, kept = torch.zeros(1), workspace._kept
+    for rows in (700, 2500, 900, 5000, 1200, 5001):  # none of these fits where another was
+        workspace.lasting(like, rows, 512)
+        assert kept.used + sum(map(len, kept.free)) <= kept.most
+    assert kept.most == 5001 * 512 * 4
+    workspace.lasting(like, 4)  # little memory is the allocator's
+    assert kept.most == 5001 * 512 * 4
