@@ -94,9 +94,7 @@ class _Kept:
 
     def take(self, size: int) -> Tensor:
         with self._lock:
-            while self.returned:
-                self.free.append(self.returned.popleft())
-                self.used -= len(self.free[-1])
+            self._collect()
             fitting = [m for m in self.free if size <= len(m) <= 2 * size]
             if fitting:
                 memory = min(fitting, key=len)
@@ -112,8 +110,14 @@ class _Kept:
 
     def clear(self) -> None:
         with self._lock:
+            self._collect()
             self.free.clear()
             self.most = self.used
+
+    def _collect(self) -> None:
+        while self.returned:
+            self.free.append(self.returned.popleft())
+            self.used -= len(self.free[-1])
 
 
 _kept = _Kept()
