@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.provenance import provenance
+from bench.provenance import commit_of, provenance
 from bench.registry import KERNEL_MODULES
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
@@ -127,7 +127,7 @@ def _write_json(path: Path, sources: list[dict[str, Any]], rows: list[Compiled])
 
 def _write_markdown(path: Path, sources: list[dict[str, Any]], rows: list[Compiled]) -> None:
     heads, *lines = _worst(rows)
-    versions = sorted({f"Triton {source['packages']['triton']}, commit `{source['commit'][:7]}`" for source in sources})
+    versions = sorted({f"Triton {source['packages']['triton']}, {commit_of(source)}" for source in sources})
     text = [
         "# Compile matrix",
         "",
