@@ -45,10 +45,19 @@ def test_sets_and_orders(tokens: int, experts: int, top_k: int, device: torch.de
     for i, (count, of_tile) in enumerate(zip(made.counts.tolist(), made.experts.tolist(), strict=True)):
         assert of_tile[:count] == sorted({e for row in in_order[32 * i : 32 * (i + 1)] for e in row})
 
-    pairs, starts = sets.by_expert(made)
+    pairs, starts = made.by_expert
     for e in range(experts):
         of_expert = [divmod(pair, top_k) for pair in pairs[starts[e] : starts[e + 1]].tolist()]
         assert of_expert == [(t, row.index(e)) for t, row in enumerate(expected) if e in row]
+
+
+def test_pairs_are_sorted_once_for_each_gate_set(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    inputs = lora_inputs(LoraCase(T=40, K=24, N=(16, 32), E=4, r=4, H=1), torch.float16, device)
+    sorts = []
+    sort = torch.Tensor.sort
+    monkeypatch.setattr(torch.Tensor, "sort", lambda t, **options: (sorts.append(len(t)), sort(t, **options))[1])
+    results(inputs, "triton", "grouped")
+    assert sorts == [40, 40, 80]  # sets in forward and again in backward; pairs for four weight gradients
 
 
 def test_every_token_has_its_experts_whatever_its_gates_are(device: torch.device) -> None:

@@ -15,6 +15,7 @@ from molora_kernels.grouped_lora.dispatch import Form
 from molora_kernels.testing import assert_within_budget
 
 pytest.importorskip("triton")
+forward = importlib.import_module("molora_kernels.grouped_lora.forward")
 backward = importlib.import_module("molora_kernels.grouped_lora.backward")
 tiles = importlib.import_module("molora_kernels.grouped_lora.tiles")
 shared_memory_kib = importlib.import_module("molora_kernels._triton.tiles").shared_memory_kib
@@ -79,6 +80,22 @@ def test_only_what_is_needed_is_computed(need: tuple[bool, bool, bool], device: 
     ):
         assert torch.equal(part, all_of_it) if needed else part.numel() == 0
     assert len(some[2]) == (2 if need_dlora else 0)
+
+
+@pytest.mark.parametrize("masters", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_adapters_are_cast_by_one_call(
+    masters: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = [torch.randn(n, k, device=device).to(masters) for n, k in ((6, 10), (4, 10), (3, 14))]
+    adapters[2] = adapters[2][:, ::2]
+    copies: list[int] = []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: (copies.append(len(of)), copy(to, of)))
+    pair, one = forward.cast_together([adapters[:2], adapters[2:]], torch.bfloat16)
+    assert torch.equal(pair, torch.cat(adapters[:2]).bfloat16()) and torch.equal(one, adapters[2].bfloat16())
+    assert pair.is_contiguous() and one.is_contiguous()
+    assert copies == ([3] if masters == torch.float32 else [])
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
