@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.provenance import provenance
+from bench.provenance import commit_of, provenance
 from bench.registry import KERNEL_MODULES
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
@@ -63,13 +64,17 @@ class Compiled:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="such as 80 90 gfx942 (default: 80 to 120)")
-    parser.add_argument("--kernel", help="only kernels whose name contains this")
+    parser.add_argument("--kernel", nargs="+", help="only kernels whose name contains one of these")
     parser.add_argument("--quick", action="store_true", help="one case per kernel and dtype, for 80, 90 and 120")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: up to 2)")
     parser.add_argument("--json", type=Path, help="write every row, with commit and versions, to this file")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument(
-        "--merge", type=Path, nargs="+", metavar="JSON", help="compile nothing: join what earlier runs wrote"
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="compile nothing: join what earlier runs wrote; of a kernel and GPU in several, the last counts",
     )
 
 
@@ -77,16 +82,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.merge:
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.merge]
         sources = [source for found in runs for source in found["runs"]]
-        rows = [Compiled(*row) for found in runs for row in found["rows"]]
+        last: dict[tuple[str, str], list[Compiled]] = {}
+        for found in runs:
+            rows = sorted((Compiled(*row) for row in found["rows"]), key=_of_kernel)
+            last |= {key: list(group) for key, group in groupby(rows, _of_kernel)}
+        rows = [row for group in last.values() for row in group]
     else:
         # The interpreter's kernels cannot be compiled, and workers inherit this environment.
         os.environ["TRITON_INTERPRET"] = "0"
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
         architectures = ("80", "90", "120") if arguments.quick else arguments.arch
         tasks = _tasks(architectures, arguments.quick)
-        tasks = [task for task in tasks if not arguments.kernel or arguments.kernel in task.kernel]
+        tasks = [task for task in tasks if any(name in task.kernel for name in arguments.kernel or [""])]
         if not tasks:
-            raise SystemExit(f"no kernel's name contains {arguments.kernel!r}")
+            raise SystemExit(f"no kernel's name contains {' or '.join(arguments.kernel)}")
         sources, rows = [provenance()], list(_compile_all(tasks, arguments.jobs))
     rows.sort(key=lambda row: (row.kernel, len(row.arch), row.arch, row.label))
 
@@ -103,6 +112,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
+def _of_kernel(row: Compiled) -> tuple[str, str]:
+    return row.arch, row.kernel
+
+
 def _write_json(path: Path, sources: list[dict[str, Any]], rows: list[Compiled]) -> None:
     """One row a line: names of the columns first, then their values."""
     lines = ",\n".join(json.dumps(list(asdict(row).values())) for row in rows)
@@ -114,7 +127,7 @@ def _write_json(path: Path, sources: list[dict[str, Any]], rows: list[Compiled])
 
 def _write_markdown(path: Path, sources: list[dict[str, Any]], rows: list[Compiled]) -> None:
     heads, *lines = _worst(rows)
-    versions = sorted({f"Triton {source['packages']['triton']}, commit `{source['commit'][:7]}`" for source in sources})
+    versions = sorted({f"Triton {source['packages']['triton']}, {commit_of(source)}" for source in sources})
     text = [
         "# Compile matrix",
         "",
@@ -167,21 +180,12 @@ def _compile_all(tasks: list[Task], jobs: int) -> Iterator[Compiled]:
 
 def compile_task(task: Task) -> Compiled:
     """Compile one case as a launch would, and read what the assembler says about it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from molora_kernels._triton.tiles import shared_memory_kib
 
     case = _cases(task.module, task.arch)[task.index]
-    signature, constants, attributes = specialise(case)
     limit = shared_memory_kib(_capability(task.arch)) * 1024
     tiles = ", ".join(f"{name}={value}" for name, value in asdict(case.tiles).items() if value)
-    compiled: Any = triton.compile(
-        ASTSource(case.kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", int(task.arch), 32) if task.arch.isdigit() else GPUTarget("hip", task.arch, 64),
-        options={"num_warps": case.tiles.num_warps, "num_stages": case.tiles.num_stages},
-    )
+    compiled = compile_case(case, task.arch)
     registers, spilled = _resources(compiled.asm)
     shared = compiled.metadata.shared
     assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
@@ -197,6 +201,20 @@ def compile_task(task: Task) -> Compiled:
         task.arch, task.kernel, task.label, tiles, registers, spilled, shared, limit,
         found[0] if found else "", "; ".join(faults),
     )  # fmt: skip
+
+
+def compile_case(case: Any, arch: str) -> Any:
+    """What triton makes of a case: ``.asm`` has every stage from "ttir" to the object file."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = specialise(case)
+    return triton.compile(
+        ASTSource(case.kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", int(arch), 32) if arch.isdigit() else GPUTarget("hip", arch, 64),
+        options={"num_warps": case.tiles.num_warps, "num_stages": case.tiles.num_stages},
+    )
 
 
 def specialise(case: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[Any]]]:

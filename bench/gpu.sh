@@ -1,90 +1,127 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA GPU, in under 9 minutes, from a plain checkout: correctness first, then benchmarks, then
-# compute-sanitizer with the time that is left. Builds nothing; needs python3 with torch, triton, pytest, hypothesis and
-# transformers, and pydantic for the training step. Nothing is timed when a test fails.
+# What needs a CUDA GPU, from a checkout or a copy of one, in under 9 minutes together:
 #
-#   bench/gpu.sh [FOLDER]     results and logs; default: $OUT, else outputs/gpu
+#   bench/gpu.sh [PART…]      default: all three
+#     tests      every kernel on the device against the fp64 reference, small and at real sizes
+#     bench      benchmarks at Llama-3.2-3B's shapes, what decides most first
+#     sanitize   compute-sanitizer over one small case of each operation
+#
+# A red test does not cost the benchmarks: each holds what it times to fp64 itself, and what is wrong gets no time. The
+# exit status is that of the first step that failed or ran out of time.
+#
+# Results go to $OUT, else outputs/gpu, as few files: logs and JSON in gpu.tar.gz, packed anew after each step, and the
+# JSON of the main benchmarks beside it.
+#
+# Builds nothing. Needs python3 with torch, triton, transformers, pytest, hypothesis, rich, tqdm and pyyaml. Tests run
+# in parallel with pytest-xdist; the training step needs pydantic (with pydantic-core, typing-inspection and
+# annotated-types), PEFT's LoRA peft and accelerate. What python3 lacks is found on PYTHONPATH: wheels unpacked there
+# are enough. A copy without .git is told its commit by MOLORA_COMMIT.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=${1:-${OUT:-outputs/gpu}}
-mkdir -p "$out"
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 TRITON_DEFAULT_FP_FUSION=1
+out=$(realpath -m "${OUT:-outputs/gpu}")
+cd "$(dirname "$0")/.." || exit
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TRITON_DEFAULT_FP_FUSION=1
 unset TRITON_INTERPRET
+parts=${*:-tests bench sanitize}
+for part in $parts; do
+  case $part in tests | bench | sanitize) ;; *) echo "no part $part: tests, bench or sanitize" && exit 2 ;; esac
+done
+everything=$(mktemp -d)/gpu
+mkdir -p "$out" "$everything"
+trap 'rm -rf "$(dirname "$everything")"' EXIT
 
-within() { # within SECONDS COMMAND…: as long as that, and as the whole script may take
-  local most=$1 left=$((530 - SECONDS))
-  shift
+failed=0
+step() { # step NAME SECONDS COMMAND…: as long as that, and as the whole script may take; its log and status are kept
+  local name=$1 most=$2 left=$((530 - SECONDS)) status
+  shift 2
   if [ "$left" -lt 5 ]; then
-    echo "no time left for: $*"
-    return 124
+    echo "no time left for: $*" >"$everything/$name.log"
+    status=124
+  else
+    timeout -k 5 "$((most < left ? most : left))" "$@" >"$everything/$name.log" 2>&1
+    status=$?
   fi
-  timeout -k 5 "$((most < left ? most : left))" "$@"
+  grep -v rounds: "$everything/$name.log" | tail -n 30
+  echo "== $name: exit $status after $SECONDS s"
+  [ "$failed" -ne 0 ] || failed=$status
+  tar -czf "$everything.tar.gz" -C "$(dirname "$everything")" gpu && mv -f "$everything.tar.gz" "$out/gpu.tar.gz"
 }
 
 {
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
   python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
-  git rev-parse HEAD
-} 2>&1 | tee "$out/machine.log"
+  git rev-parse HEAD 2>/dev/null || echo "commit ${MOLORA_COMMIT:-unknown}"
+} 2>&1 | tee "$everything/machine.log"
 
-# Most of the time of the small cases goes into compiling kernels, which several processes share.
-workers=()
-if python3 -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
-test_kernels() { # test_kernels NAME SECONDS ARGUMENTS…
+# --- tests ---------------------------------------------------------------------------------------------------------
+
+workers() { # workers N: what makes pytest use N processes, if it can
+  python3 -c 'import xdist' 2>/dev/null && echo "-n $1"
+}
+pytest=(python3 -m pytest -q --maxfail 10 --durations 8 -p no:cacheprovider)
+on_the_device=(tests/molora_kernels/_triton tests/molora_kernels/*/test_*_triton.py tests/bench/test_measure.py)
+tests() {
+  # Most of the time of the small cases goes into compiling kernels. Real sizes take up to 10 GiB a process, and those
+  # of more elements than an int32 counts up to 40, so they come one after the other.
+  # shellcheck disable=SC2046 # "-n 14" is two words
+  {
+    OMP_NUM_THREADS=1 step tests-small 160 "${pytest[@]}" -m "not gpu" $(workers 14) "${on_the_device[@]}"
+    OMP_NUM_THREADS=2 step tests-real 120 "${pytest[@]}" -m gpu -k "not more_elements and not sanitizer" $(workers 5) \
+      "${on_the_device[@]}"
+    step tests-large 60 "${pytest[@]}" -m gpu -k more_elements "${on_the_device[@]}"
+  }
+}
+
+# --- benchmarks; the names are those of bench/results ----------------------------------------------------------------
+
+main=(mlp-cuda-bf16 step-cuda-bf16-stage2 sweep-cuda-bf16-experts sweep-cuda-bf16-tokens mlp-cuda-bf16-dropout
+  op-cuda-bf16)
+measure() { # measure NAME SECONDS COMMAND ARGUMENTS…
   local name=$1 most=$2
   shift 2
-  within "$most" python3 -m pytest tests/molora_kernels -q --maxfail 10 --durations 8 -p no:cacheprovider "$@" \
-    >"$out/tests-$name.log" 2>&1
-  local status=$?
-  tail -n 25 "$out/tests-$name.log"
-  echo "== $name: exit $status after $SECONDS s"
-  return "$status"
+  step "$name" "$most" python3 -m bench "$@" --threads "$(nproc)" --json "$everything/$name.json"
+  if [[ " ${main[*]} " == *" $name "* && -e $everything/$name.json ]]; then cp "$everything/$name.json" "$out/"; fi
+}
+bench() {
+  local shapes=(--device cuda --dtype bf16 --hidden 3072 --intermediate 8192)
+  local model=(--device cuda --dtype bf16 --model llama3.2-3b --warmup 2 --rounds 5)
+  local forms=(molora "molora dense" "molora grouped" "dense eager")
+  local eager=("${forms[@]}" "transformers LlamaMLP" "naive loop" "loop with index_select" "PEFT LoRA r=64"
+    "PEFT LoRA r=128" eulerforge mixlora moe-peft)
+  measure mlp-cuda-bf16 110 mlp "${shapes[@]}" --tokens 8192 --only "${eager[@]}"
+  measure step-cuda-bf16-stage2 110 step "${model[@]}" --rows 8 --length 1024 --checkpointing none
+  measure sweep-cuda-bf16-experts 110 sweep --over experts "${shapes[@]}" --tokens 8192 --rounds 10 --only "${forms[@]}"
+  measure sweep-cuda-bf16-tokens 90 sweep --over tokens "${shapes[@]}" --rounds 10 \
+    --only "${forms[@]}" "PEFT LoRA r=128"
+  measure mlp-cuda-bf16-dropout 60 mlp "${shapes[@]}" --tokens 8192 --dropout 0.05 \
+    --only molora "molora grouped" "PEFT LoRA r=64"
+  measure op-cuda-bf16 75 op "${shapes[@]}" --tokens 8192
+  measure step-cuda-bf16-stage1 75 step "${model[@]}" --rows 10 --length 512 --checkpointing none \
+    --only molora "PEFT LoRA r=64"
+  # Last: nobody knows how long it compiles.
+  measure mlp-cuda-bf16-compile 110 mlp "${shapes[@]}" --tokens 8192 --only molora "dense torch.compile"
 }
 
-echo "== correctness: every kernel on the device against the fp64 reference"
-test_kernels small 170 -m "not gpu" "${workers[@]}"
-small=$?
-echo "== correctness at real sizes: 100 runs bit for bit, CUDA graphs, torch.compile, offsets beyond 2^31"
-test_kernels real 130 -m gpu
-real=$?
-# 124: out of time. What did not run is not wrong, and each benchmark checks its variants in fp64 before it times them.
-for status in "$small" "$real"; do
-  if [ "$status" -ne 0 ] && [ "$status" -ne 124 ]; then
-    echo "kernels are wrong here (see $out/tests-*.log): nothing is timed"
-    exit "$status"
+# --- compute-sanitizer -----------------------------------------------------------------------------------------------
+
+sanitize() {
+  local sanitizer tool
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
+  if [ -z "$sanitizer" ]; then
+    echo "== compute-sanitizer is not installed here: memcheck and racecheck not run"
+    return
   fi
-done
-
-echo "== benchmarks at Llama-3.2-3B's shapes, what decides most first; the names are those of bench/results"
-shapes=(--device cuda --dtype bf16 --hidden 3072 --intermediate 8192)
-model=(--device cuda --dtype bf16 --model llama3.2-3b --warmup 2 --rounds 5)
-bench() { # bench NAME COMMAND ARGUMENTS…
-  local name=$1
-  shift
-  within 75 python3 -m bench "$@" --json "$out/$name.json" >"$out/$name.log" 2>&1
-  local status=$?
-  grep -v rounds: "$out/$name.log" | tail -n 30
-  echo "== $name: exit $status after $SECONDS s"
-}
-bench mlp-cuda-bf16 mlp "${shapes[@]}" --tokens 8192
-bench step-cuda-bf16-stage2 step "${model[@]}" --rows 8 --length 1024 --checkpointing none
-bench sweep-cuda-bf16-experts sweep --over experts "${shapes[@]}" --tokens 8192 --rounds 10
-bench sweep-cuda-bf16-tokens sweep --over tokens "${shapes[@]}" --rounds 10
-bench mlp-cuda-bf16-dropout mlp "${shapes[@]}" --tokens 8192 --dropout 0.05 \
-  --only molora "molora grouped" "PEFT LoRA r=64"
-bench op-cuda-bf16 op "${shapes[@]}" --tokens 8192
-
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
-if [ -z "$sanitizer" ]; then
-  echo "== compute-sanitizer is not installed here: memcheck and racecheck not run" | tee "$out/sanitizer.log"
-else
+  # PyTorch's allocator hands out parts of large blocks, past whose ends there is more memory: without it each tensor is
+  # an allocation of its own, and memcheck sees where it ends.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck; do
-    echo "== compute-sanitizer $tool: one small case of each operation, dense and grouped"
-    within 60 "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all \
-      python3 -m pytest tests/molora_kernels -q -p no:cacheprovider -k sanitizer -m gpu >"$out/$tool.log" 2>&1
-    status=$?
-    tail -n 4 "$out/$tool.log"
-    echo "== $tool: exit $status after $SECONDS s"
+    step "$tool" 75 "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all \
+      python3 -m pytest tests/molora_kernels -q -p no:cacheprovider -k sanitizer -m gpu
   done
-fi
-[ "$small" -eq 0 ] && [ "$real" -eq 0 ]
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+}
+
+for part in $parts; do
+  echo "== $part"
+  $part
+done
+exit "$failed"

@@ -91,8 +91,8 @@ def fault(name: str, shape: Shape) -> str | None:
     """
     entry, small = ENTRIES[name], replace(shape, tokens=min(shape.tokens, CHECKED_TOKENS))
     without = replace(small, dropout=0.0)
-    given, drops = problem(small), small if name.startswith("molora") else without
-    found = _running(entry, lambda: _results(entry.build, given, drops, _keep(small)))
+    drops = small if name.startswith("molora") else without
+    found = _running(entry, lambda: _results(entry.build, _given(without), drops, _keep(without)))
     exact = _exact(entry.exact, entry.prepare, drops)
     return check.fault(found, exact, _allowed(entry.exact, entry.eager, entry.prepare, without), shape.torch_dtype)
 
@@ -102,20 +102,26 @@ def _results(build: Build, p: Problem, shape: Shape, keep: Tensor) -> check.Resu
     return check.results(build(p, shape), p.x, p.dy, keep=keep)
 
 
+@lru_cache(maxsize=1)  # drawn once for all variants and definitions
+def _given(without: Shape) -> Problem:
+    return problem(without)
+
+
 @lru_cache(maxsize=1)
-def _keep(shape: Shape) -> Tensor:
-    return decided(problem(shape).to(torch.float64), shape.top_k)
+def _keep(without: Shape) -> Tensor:
+    return decided(_given(without).to(torch.float64), without.top_k)
 
 
 @lru_cache(maxsize=8)  # as many definitions as there are; fp64 takes its time at a model's true size
 def _exact(build: Build, prepare: Callable[[Problem], Problem], shape: Shape) -> check.Results:
-    return _results(build, prepare(problem(shape)).to(torch.float64), shape, _keep(shape))
+    without = replace(shape, dropout=0.0)
+    return _results(build, prepare(_given(without)).to(torch.float64), shape, _keep(without))
 
 
 @lru_cache(maxsize=8)
-def _allowed(exact: Build, eager: Build, prepare: Callable[[Problem], Problem], shape: Shape) -> dict[str, float]:
-    found = _results(eager, prepare(problem(shape)), shape, _keep(shape))
-    return check.errors(found, _exact(exact, prepare, shape))
+def _allowed(exact: Build, eager: Build, prepare: Callable[[Problem], Problem], without: Shape) -> dict[str, float]:
+    found = _results(eager, prepare(_given(without)), without, _keep(without))
+    return check.errors(found, _exact(exact, prepare, without))
 
 
 def _running(entry: Entry, work: Callable[[], Any]) -> Any:
@@ -133,7 +139,7 @@ def _running(entry: Entry, work: Callable[[], Any]) -> Any:
 @torch.no_grad()
 def decided(exact: Problem, top_k: int) -> Tensor:
     """(T,) bool: no router of the block is near a tie between the last expert chosen and the first left out."""
-    everyone = torch.ones(len(exact.x), dtype=torch.bool)
+    everyone = torch.ones(len(exact.x), dtype=torch.bool, device=exact.x.device)
     if top_k == len(exact.routers[0].weight):
         return everyone
     gate, up, _ = exact.projections

@@ -44,9 +44,9 @@ class Inputs:
 
     def to(self, dtype: torch.dtype) -> Inputs:
         def copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(t.detach().cpu().to(dtype).requires_grad_(t.requires_grad) for t in tensors)
+            return tuple(t.detach().to(dtype, copy=True).requires_grad_(t.requires_grad) for t in tensors)
 
-        return Inputs(self.x.cpu().to(dtype), copies(self.upstream), copies(self.weights), copies(self.leaves))
+        return Inputs(self.x.to(dtype), copies(self.upstream), copies(self.weights), copies(self.leaves))
 
 
 Forward = Callable[[Inputs], Callable[[Tensor], Any]]
@@ -90,13 +90,12 @@ def router_case(shape: Shape) -> Case:
     def inputs(tokens: int) -> Inputs:
         p = problem(replace(shape, tokens=tokens))
         weight, bias = (torch.stack([t.detach() for t in ts]) for ts in zip(*_two_routers(p), strict=True))
-        draw = torch.Generator().manual_seed(shape.seed + 1)
-        upstream = (
-            torch.randn(tokens, 2, shape.experts, generator=draw),
-            torch.randn(2, 1 + shape.experts, generator=draw),
+        draw = torch.Generator(p.x.device).manual_seed(shape.seed + 1)
+        upstream = tuple(
+            torch.randn(*size, generator=draw, device=p.x.device)
+            for size in ((tokens, 2, shape.experts), (2, 1 + shape.experts))
         )
-        moved = tuple(t.to(p.x.device) for t in upstream)
-        return Inputs(p.x, moved, (), (weight.requires_grad_(), bias.requires_grad_()))
+        return Inputs(p.x, upstream, (), (weight.requires_grad_(), bias.requires_grad_()))
 
     def molora(i: Inputs) -> Callable[[Tensor], Any]:
         return lambda x: mk.router(x, *i.leaves, top_k=shape.top_k)[:2]
@@ -134,11 +133,11 @@ def grouped_case(shape: Shape, features: int, outputs: tuple[int, ...], *, route
     total, count, scaling = experts * shape.rank, len(outputs), 2.0
 
     def inputs(tokens: int) -> Inputs:
-        draw = torch.Generator().manual_seed(shape.seed)
         device, dtype = torch.device(shape.device), shape.torch_dtype
+        draw = torch.Generator(device).manual_seed(shape.seed)
 
         def normal(*size: int, std: float = 1.0, to: torch.dtype = torch.float32) -> Tensor:
-            return (torch.randn(*size, generator=draw) * std).to(device, to)
+            return (torch.randn(*size, generator=draw, device=device) * std).to(to)
 
         lora_a = [normal(total, features, std=features**-0.5) for _ in outputs]
         lora_b = [normal(n, total, std=total**-0.5) for n in outputs]
@@ -260,7 +259,7 @@ def run(options: argparse.Namespace) -> int:
 
 def measured(case: Case, shape: Shape, machine: Roofline, rounds: int, warmup: int) -> dict[str, Any]:
     base = next(iter(case.ways))
-    wrong = {name: found for name in case.ways if name != "frozen linears" and (found := fault(case, name, shape))}
+    wrong = faults(case, shape)
     inputs = case.inputs(shape.tokens)
     built = {
         name: variant(case, way, inputs) if name != "frozen linears" else Variant(way(inputs), [], lambda _: {})
@@ -281,14 +280,18 @@ def measured(case: Case, shape: Shape, machine: Roofline, rounds: int, warmup: i
     return {"base": base, "rows": rows, "not_measured": {}, "wrong": wrong}
 
 
-def fault(case: Case, name: str, shape: Shape) -> str | None:
-    """What is wrong with a way, or None."""
+def faults(case: Case, shape: Shape) -> dict[str, str]:
+    """What is wrong with the ways that are wrong."""
     small = case.inputs(min(shape.tokens, CHECKED_TOKENS))
-    wide = small.to(torch.float64)
 
     def results(way: Forward, inputs: Inputs) -> check.Results:
         return check.results(variant(case, way, inputs), inputs.x, inputs.upstream, case.outputs)
 
-    exact = results(case.exact, wide)
+    exact = results(case.exact, small.to(torch.float64))
     allowed = check.errors(results(case.ways[case.eager], small), exact)
-    return check.fault(results(case.ways[name], small), exact, allowed, shape.torch_dtype)
+    found = {
+        name: check.fault(results(way, small), exact, allowed, shape.torch_dtype)
+        for name, way in case.ways.items()
+        if name != "frozen linears"
+    }
+    return {name: what for name, what in found.items() if what}

@@ -64,10 +64,11 @@ class Problem:
         return [p.weight for p in self.projections]
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """A copy with every tensor in ``dtype``, on the CPU: the reference's input."""
+        """A copy with every tensor in ``dtype``: the reference's input. On the same device, whose generator the
+        reference's dropout seed is drawn from."""
 
         def copy(t: Tensor) -> Tensor:
-            return t.detach().cpu().to(dtype).requires_grad_(t.requires_grad)
+            return t.detach().to(dtype, copy=True).requires_grad_(t.requires_grad)
 
         return Problem(
             copy(self.x),
@@ -91,23 +92,24 @@ class Problem:
 
     def single(self, rank: int, dtype: torch.dtype) -> Problem:
         """The same block with one plain LoRA of ``rank`` on each projection, in ``dtype``."""
-        draw = torch.Generator().manual_seed(rank)
+        device = self.x.device
+        draw = torch.Generator(device).manual_seed(rank)
 
         def normal(rows: int, columns: int) -> Tensor:
-            values = torch.randn(rows, columns, generator=draw) * max(rows, columns) ** -0.5
-            return values.to(self.x.device, dtype).requires_grad_()
+            values = torch.randn(rows, columns, generator=draw, device=device) * max(rows, columns) ** -0.5
+            return values.to(dtype).requires_grad_()
 
         made = [mk.Projection(w, normal(rank, w.shape[1]), normal(w.shape[0], rank)) for w in self.weights()]
         return replace(self, projections=made, routers=[])
 
 
 def problem(shape: Shape) -> Problem:
-    generator = torch.Generator().manual_seed(shape.seed)
     device, dtype = torch.device(shape.device), shape.torch_dtype
+    generator = torch.Generator(device).manual_seed(shape.seed)  # a CPU's takes seconds for a GPU's sizes
     hidden, inner, rank = shape.hidden, shape.intermediate, shape.experts * shape.rank
 
     def normal(*size: int, std: float, to: torch.dtype, train: bool = False) -> Tensor:
-        return (torch.randn(*size, generator=generator) * std).to(device, to).requires_grad_(train)
+        return (torch.randn(*size, generator=generator, device=device) * std).to(to).requires_grad_(train)
 
     def projection(n: int, k: int) -> mk.Projection:
         return mk.Projection(

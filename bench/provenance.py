@@ -3,9 +3,11 @@ on machines that have nothing but torch and Triton."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,23 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "eulerforge", "mixlora", 
 
 
 def provenance() -> dict[str, Any]:
-    """Command, commit and versions; ``uncommitted_changes`` concerns tracked files."""
+    """Command, commit and versions; ``uncommitted_changes`` concerns tracked files.
+
+    A copy of the code that is no checkout is told its commit by the environment variable ``MOLORA_COMMIT``.
+    """
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "command": " ".join(["python", *sys.orig_argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("MOLORA_COMMIT"),
         "uncommitted_changes": None if changed is None else bool(changed),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
     }
+
+
+def commit_of(source: Mapping[str, Any]) -> str:
+    """The commit of a :func:`provenance`, as tables name it."""
+    return f"commit `{source['commit'][:7]}`" if source["commit"] else "commit unknown"
 
 
 def _git(*arguments: str) -> str | None:

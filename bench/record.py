@@ -14,6 +14,7 @@ from bench.provenance import provenance
 
 COLUMNS = {
     "update_ms": "update ms",
+    "host_ms": "host ms",
     "peak_mib": "peak MiB",
     "gbyte": "GB fwd, bwd",
     "gflop": "GFLOP",

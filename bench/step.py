@@ -260,10 +260,10 @@ def fault(name: str, shape: Shape) -> str | None:
     with mk.use_backend("reference"):
         allowed = _results(eager, batch, adapters)
         # In fp64 last: this changes the model in place.
-        exact_step = Step(eager.model.cpu().double(), routers=eager.routers)
+        exact_step = Step(eager.model.double(), routers=eager.routers)
         if adapters:
             exact_step.leaves = [p for group in parameter_groups(eager.model).values() for _, p in group]
-        exact = _results(exact_step, batch.to("cpu"), adapters)
+        exact = _results(exact_step, batch, adapters)
     return check.fault(found, exact, check.errors(allowed, exact), torch.float32)
 
 

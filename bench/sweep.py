@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench import mlp, record, step
+from bench import mlp, record
 from bench.problem import Shape
 
 VALUES = {
@@ -40,9 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
-    runs = [_measured(options, value) for value in options.values or VALUES[options.over]]
-    if options.json:
-        record.write(options.json, {"op": "sweep", "over": options.over, "threads": options.threads, "runs": runs})
+    runs = []
+    for value in options.values or VALUES[options.over]:
+        runs.append(_measured(options, value))
+        if options.json:  # after each value: a sweep that is stopped keeps what it has
+            record.write(options.json, {"op": "sweep", "over": options.over, "threads": options.threads, "runs": runs})
     return 1 if any(result["wrong"] for result in runs) else 0
 
 
@@ -52,6 +54,8 @@ def _measured(options: argparse.Namespace, value: int) -> dict[str, Any]:
     given[options.over] = value
     only = options.only or (*ONLY, *PEERS)
     if options.over == "layers":
+        from bench import step  # molora's configuration needs pydantic, which the rest does not
+
         known = {name: given[name] for name in asdict(step.Shape()) if name in given}
         names = [name for name in only if name in step.STEPS]
         result = step.measured(step.Shape(**known), names, options.rounds, options.warmup)

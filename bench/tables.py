@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from bench.provenance import commit_of
+
 Result = Mapping[str, Any]
 Results = Mapping[str, Result]
 
@@ -55,7 +57,7 @@ def _origin(result: Result) -> str:
     machine = of["gpu"] if _device(result) == "cuda" else f"{of['cpu']}, {result['threads']} threads"
     dirty = " with uncommitted changes" if of["uncommitted_changes"] else ""
     packages = ", ".join(f"{name} {version}" for name, version in of["packages"].items())
-    return f"{machine}; commit `{of['commit'][:7]}`{dirty}; {packages}"
+    return f"{machine}; {commit_of(of)}{dirty}; {packages}"
 
 
 def _device(result: Result) -> str:
@@ -153,7 +155,11 @@ def _origins(results: Results, device: str, full: str) -> str:
 
 def speed_gpu(results: Results) -> str:
     """The block at Llama-3.2-3B's size, and the step at both stages' shapes, on a GPU."""
-    block = {"bf16": results.get("mlp-cuda-bf16"), "dropout 0.05": results.get("mlp-cuda-bf16-dropout")}
+    block = {
+        "bf16": results.get("mlp-cuda-bf16"),
+        "bf16, beside torch.compile": results.get("mlp-cuda-bf16-compile"),
+        "dropout 0.05": results.get("mlp-cuda-bf16-dropout"),
+    }
     steps = {f"step, stage {n}": results.get(f"step-cuda-bf16-stage{n}") for n in (1, 2)}
     found = {**block, **steps}
     names = _variants(found.values()) or ["frozen base", "molora"]

@@ -43,19 +43,22 @@ def dot_by_fp32(b_a, b_b, b_acc):
     A bf16 number times a bf16 number is exact in fp32, and fp32's 24 bits are three times bf16's 8: b is split into
     three bf16 terms, without remainder. For fp16 a the terms of b are tf32 (11 + 11 + 2 bits), because fp16 terms
     would fall below fp16's range. For fp32 a the product runs on the fp32 units.
+
+    Tensor cores truncate whatever they add to an accumulator. Over a long sum those errors have one sign and grow with
+    its length, so each step has a fresh accumulator, smallest terms first, and is added to ``acc`` by the fp32 units,
+    which round to nearest.
     """
     if INTERPRETED or b_a.dtype == tl.float32:
         return tl.dot(b_a.to(tl.float32), b_b, b_acc, input_precision="ieee")
     if b_a.dtype == tl.bfloat16:
         b_high, b_middle, b_low = bf16_terms(b_b)
-        b_acc = tl.dot(b_a, b_low, b_acc)
-        b_acc = tl.dot(b_a, b_middle, b_acc)
-        return tl.dot(b_a, b_high, b_acc)
+        b_step = tl.dot(b_a, b_middle, tl.dot(b_a, b_low))
+        return b_acc + tl.dot(b_a, b_high, b_step)
     b_wide = b_a.to(tl.float32)
     b_high, b_middle, b_low = tf32_terms(b_b)
-    b_acc = tl.dot(b_wide, b_low, b_acc, input_precision="tf32")
-    b_acc = tl.dot(b_wide, b_middle, b_acc, input_precision="tf32")
-    return tl.dot(b_wide, b_high, b_acc, input_precision="tf32")
+    b_step = tl.dot(b_wide, b_low, input_precision="tf32")
+    b_step = tl.dot(b_wide, b_middle, b_step, input_precision="tf32")
+    return b_acc + tl.dot(b_wide, b_high, b_step, input_precision="tf32")
 
 
 @triton.jit

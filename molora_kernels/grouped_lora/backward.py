@@ -23,7 +23,7 @@ from molora_kernels._triton.dot import dot, dot_by_fp32, dot_fp32_by_fp32
 from molora_kernels._triton.dropout import kept, row_keys
 from molora_kernels._triton.tiles import Capability, capability_of, launching_on
 from molora_kernels.grouped_lora import gating, portable, tiles
-from molora_kernels.grouped_lora.forward import rows_contiguous
+from molora_kernels.grouped_lora.forward import cast_together, rows_contiguous
 
 
 @triton.jit
@@ -170,26 +170,27 @@ def backward(
     dx, da = x_TK.new_empty(0), x_TK.new_empty(0)  # two: an operator's outputs may not share memory
     db: list[Tensor] = []
 
-    dgated = unexpand(dys_TN, lora_b_NR, s_TP)
+    a_PK, *cast_b = cast_together([lora_a_RK, *([b] for b in lora_b_NR)], x_TK.dtype)
+    dgated = unexpand(dys_TN, cast_b, s_TP)
     ds, gated, dgates = gating.gate_backward(
         dgated, s_TP, gates_THE, len(dys_TN), scaling,
         need_ds=need_dx or need_dlora, need_gated=need_dlora, need_dgates=need_dgates and gates_THE is not None,
     )  # fmt: skip
     if need_dlora:
         db = expand_grads(dys_TN, gated, lora_b_NR)
-        da = weight_grads(x_TK, ds, None, *drop)[0].to(lora_a_RK[0].dtype)
+        da = _total(weight_partials(x_TK, ds, None, *drop)[0]).to(lora_a_RK[0].dtype)
     if need_dx:
-        dx = input_grad(ds, torch.cat(lora_a_RK).to(x_TK.dtype), None, None, *drop)
+        dx = input_grad(ds, a_PK, None, None, *drop)
         for dy, weight in zip(dys_TN, weights_NK, strict=bool(weights_NK)):
             dx.addmm_(dy, weight)
     return dx, da, db, dgates
 
 
 def unexpand(dys_TN: list[Tensor], lora_b_NR: list[Tensor], s_TP: Tensor) -> Tensor:
-    """The gradient of the gated shrink, (T, P): dy_g @ B_g side by side."""
+    """The gradient of the gated shrink, (T, P): dy_g @ B_g side by side, all in dy's dtype."""
     dgated = torch.empty_like(s_TP)
     for dy, b, part in zip(dys_TN, lora_b_NR, dgated.chunk(len(dys_TN), 1), strict=True):
-        torch.mm(dy, b.to(dy.dtype), out=part)
+        torch.mm(dy, b, out=part)
     return dgated
 
 
@@ -197,12 +198,12 @@ def expand_grads(dys_TN: list[Tensor], gated_TP: Tensor, lora_b_NR: list[Tensor]
     """db_g = dy_g^T @ gated_g, in B's dtype."""
     parts = gated_TP.chunk(len(dys_TN), 1)
     return [
-        weight_grads(dy, part, None, transposed=True)[0].to(b.dtype)
+        _total(weight_partials(dy, part, None, transposed=True)[0]).to(b.dtype)
         for dy, part, b in zip(dys_TN, parts, lora_b_NR, strict=True)
     ]
 
 
-def weight_grads(
+def weight_partials(
     x_TK: Tensor,
     left_TP: Tensor | None,
     dlogits_TQ: Tensor | None,
@@ -212,17 +213,19 @@ def weight_grads(
     *,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """left^T @ dropout(x), (P, K) or ``transposed`` (K, P), and dlogits^T @ x, (Q, K); fp32, empty where not given.
+    """The terms, over fixed runs of rows, of left^T @ dropout(x), (splits, P, K) or ``transposed`` (splits, K, P), and
+    of dlogits^T @ x, (splits, Q, K); fp32, empty where not given.
 
-    Bitwise the same on every run: fp32 partials over fixed runs of rows, then their sum.
+    Their sum is bitwise the same on every run. Who wants the gradients of several projections apart adds their terms up
+    apart, and copies nothing.
     """
     if left_TP is None and dlogits_TQ is None:
-        return x_TK.new_empty(0), x_TK.new_empty(0)
+        return x_TK.new_empty(1, 0), x_TK.new_empty(1, 0)
     if left_TP is not None and dlogits_TQ is not None:
         Q = dlogits_TQ.shape[1]
         if not tiles.rides_along(left_TP.shape[1], tiles.padded_logits(Q), x_TK.dtype):
-            dw, _ = weight_grads(x_TK, left_TP, None, dropout_seed, dropout_p, stream, transposed=transposed)
-            return dw, weight_grads(x_TK, None, dlogits_TQ)[1]
+            partials, _ = weight_partials(x_TK, left_TP, None, dropout_seed, dropout_p, stream, transposed=transposed)
+            return partials, weight_partials(x_TK, None, dlogits_TQ)[1]
     T, K = x_TK.shape
     P, Q = (0 if t is None else t.shape[1] for t in (left_TP, dlogits_TQ))
     q_padded = tiles.padded_logits(Q)
@@ -240,9 +243,11 @@ def weight_grads(
             BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_Q=q_padded, BLOCK_K=tile.block_k,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    if splits == 1:
-        return partials[0], router_partials[0]
-    return partials.sum(0), router_partials.sum(0)
+    return partials, router_partials
+
+
+def _total(partials: Tensor) -> Tensor:
+    return partials[0] if len(partials) == 1 else partials.sum(0)
 
 
 def input_grad(

@@ -90,5 +90,5 @@ def _sorting(T: int, G: int, heads: int, experts: int, top_k: int | None, launch
     # gates -> experts, slots and set; the sets and their order; the lists of the tiles; gates of the chosen alone
     once = 4 * experts + (8 * top_k + experts + 8) + (8 + 8 + 8) + (8 + experts) + (8 + 4 + 4) * top_k
     by_set = 8 + experts
-    by_expert = (8 + 8 + 8) * top_k + 8 * top_k  # the pairs of token and slot are sorted, then read
-    return T * (heads * once + G * (launches * by_set + sums * by_expert))
+    once += (8 + 8 + 8) * top_k if sums else 0  # the pairs of token and slot are sorted for all sums
+    return T * (heads * once + G * (launches * by_set + sums * 8 * top_k))

@@ -9,7 +9,7 @@ r rank of one expert, R = E * r, P = G * R columns of the shrink, H gate sets (G
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -142,7 +142,8 @@ def forward(
             x_TK, weights_NK, biases_N, lora_a_RK, lora_b_NR, gates_THE, dropout_seed, scaling, dropout_p, stream
         )
     x_TK = rows_contiguous(x_TK)
-    s = shrink(x_TK, torch.cat(lora_a_RK).to(x_TK.dtype), dropout_seed, dropout_p, stream)
+    a_PK, *lora_b_NR = cast_together([lora_a_RK, *([b] for b in lora_b_NR)], x_TK.dtype)
+    s = shrink(x_TK, a_PK, dropout_seed, dropout_p, stream)
     return expand(x_TK, weights_NK, biases_N, lora_b_NR, gating.gate(s, gates_THE, len(lora_b_NR), scaling)), s
 
 
@@ -217,17 +218,29 @@ def _shrink(
 def expand(
     x_TK: Tensor, weights_NK: list[Tensor], biases_N: list[Tensor], lora_b_NR: list[Tensor], gated_TP: Tensor
 ) -> list[Tensor]:
-    """y_g = x W_g^T + b_g + gated_g B_g^T.
+    """y_g = x W_g^T + b_g + gated_g B_g^T, all in x's dtype.
 
     The adapter's product comes first and the base projection adds to it: a matmul that reads its output tile once, in
     its epilogue, hides that read, and the small addend is the one that is rounded.
     """
     outputs = []
     for g, (b, gated) in enumerate(zip(lora_b_NR, gated_TP.chunk(len(lora_b_NR), 1), strict=True)):
-        b_RN = b.to(x_TK.dtype).T
-        y = torch.addmm(biases_N[g], gated, b_RN) if biases_N else torch.mm(gated, b_RN)
+        y = torch.addmm(biases_N[g], gated, b.T) if biases_N else torch.mm(gated, b.T)
         outputs.append(y.addmm_(x_TK, weights_NK[g].T) if weights_NK else y)
     return outputs
+
+
+def cast_together(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors of each group below one another, contiguous, in ``dtype``: cast by one launch, if they are.
+
+    Adapters are a few MB at most, and cast in forward and again in backward: a launch for each is most of the cost.
+    """
+    if all(t.dtype == dtype for group in groups for t in group):
+        return [group[0].contiguous() if len(group) == 1 else torch.cat(tuple(group)) for group in groups]
+    made = [group[0].new_empty(sum(map(len, group)), *group[0].shape[1:], dtype=dtype) for group in groups]
+    parts = [part for t, group in zip(made, groups, strict=True) for part in t.split([len(one) for one in group])]
+    torch._foreach_copy_(parts, [one for group in groups for one in group])
+    return made
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ from molora_kernels._triton.dot import dot
 from molora_kernels._triton.dropout import kept, row_keys
 from molora_kernels._triton.tiles import Capability, capability_of, launching_on
 from molora_kernels.grouped_lora import gating, portable_grouped, tiles
-from molora_kernels.grouped_lora.forward import rows_contiguous
-from molora_kernels.grouped_lora.sets import Sets, by_expert, sets_of
+from molora_kernels.grouped_lora.forward import cast_together, rows_contiguous
+from molora_kernels.grouped_lora.sets import Sets, sets_of
 
 
 @triton.jit
@@ -238,13 +238,15 @@ def forward(
         )  # fmt: skip
     x_TK = rows_contiguous(x_TK)
     sets = sets_of_all(gates_THE, top_k, x_TK.dtype)
+    adapters = cast_together([[t] for t in (*lora_a_RK, *lora_b_NR)], x_TK.dtype)
+    lora_a_RK, lora_b_NR = adapters[: len(lora_a_RK)], adapters[len(lora_a_RK) :]
     s = shrink(x_TK, lora_a_RK, sets, dropout_seed, dropout_p, stream)
     gated = gating.gate(s, compact(gates_THE, sets), len(weights_NK), scaling)
     outputs = []
     for g, (weight, b, part) in enumerate(zip(weights_NK, lora_b_NR, gated.chunk(len(weights_NK), 1), strict=True)):
         y = x_TK.new_empty(x_TK.shape[0], weight.shape[0])
         bias = biases_N[g] if biases_N else None
-        _expand(part, b.to(y.dtype).T, _of(sets, g), y, bias=bias)
+        _expand(part, b.T, _of(sets, g), y, bias=bias)
         outputs.append(y.addmm_(x_TK, weight.T))
     return outputs, s
 
@@ -278,7 +280,9 @@ def backward(
     dx, da = x_TK.new_empty(0), x_TK.new_empty(0)  # two: an operator's outputs may not share memory
     db: list[Tensor] = []
 
-    dgated = unexpand(dys_TN, lora_b_NR, sets)
+    adapters = cast_together([[t] for t in (*lora_a_RK, *lora_b_NR)], x_TK.dtype)
+    cast_a, cast_b = adapters[: len(lora_a_RK)], adapters[len(lora_a_RK) :]
+    dgated = unexpand(dys_TN, cast_b, sets)
     ds, gated, dgates = gate_backward(
         dgated, s_TC, gates_THE, sets, len(dys_TN), scaling,
         need_ds=need_dx or need_dlora, need_gated=need_dlora, need_dgates=need_dgates,
@@ -287,7 +291,7 @@ def backward(
         db = expand_grads(dys_TN, gated, lora_b_NR, sets)
         da = torch.cat(shrink_grads(x_TK, ds, lora_a_RK, sets, *drop))
     if need_dx:
-        dx = input_grad(ds, lora_a_RK, sets, None, *drop)
+        dx = input_grad(ds, cast_a, sets, None, *drop)
         for dy, weight in zip(dys_TN, weights_NK, strict=True):
             dx.addmm_(dy, weight)
     return dx, da, db, dgates
@@ -316,18 +320,18 @@ def shrink(
     dropout_p: float = 0.0,
     stream: int = 0,
 ) -> Tensor:
-    """dropout(x) @ a^T of the chosen experts, (T, C) in x's dtype."""
+    """dropout(x) @ a^T of the chosen experts, (T, C), all in x's dtype."""
     s = _new_shrink(x_TK, lora_a_RK[0].shape[0], sets, len(lora_a_RK))
     for g, (a, part) in enumerate(zip(lora_a_RK, s.chunk(len(lora_a_RK), 1), strict=True)):
-        _shrink(x_TK, a.to(x_TK.dtype), _of(sets, g), part, dropout_seed, dropout_p, stream)
+        _shrink(x_TK, a, _of(sets, g), part, dropout_seed, dropout_p, stream)
     return s
 
 
 def unexpand(dys_TN: list[Tensor], lora_b_NR: list[Tensor], sets: list[Sets]) -> Tensor:
-    """The gradient of the gated compact shrink, (T, C): dy_g @ B_g of the chosen experts."""
+    """The gradient of the gated compact shrink, (T, C): dy_g @ B_g of the chosen experts, all in dy's dtype."""
     dgated = _new_shrink(dys_TN[0], lora_b_NR[0].shape[1], sets, len(dys_TN))
     for g, (dy, b, part) in enumerate(zip(dys_TN, lora_b_NR, dgated.chunk(len(dys_TN), 1), strict=True)):
-        _shrink(dy, b.to(dy.dtype).T, _of(sets, g), part)
+        _shrink(dy, b.T, _of(sets, g), part)
     return dgated
 
 
@@ -362,12 +366,13 @@ def input_grad(
     dropout_p: float,
     stream: int,
 ) -> Tensor:
-    """dropout(ds @ a) over the chosen experts of all projections, added to ``dx`` in place where it is given."""
+    """dropout(ds @ a) over the chosen experts of all projections, added to ``dx`` in place where it is given; all in
+    one dtype."""
     add = dx_TK is not None
     dx = ds_TC.new_empty(ds_TC.shape[0], lora_a_RK[0].shape[1]) if dx_TK is None else dx_TK
     for g, (a, part) in enumerate(zip(lora_a_RK, ds_TC.chunk(len(lora_a_RK), 1), strict=True)):
         drop = (dropout_seed, dropout_p, stream)
-        _expand(part, a.to(dx.dtype), _of(sets, g), dx, add=add or g > 0, drop=drop)
+        _expand(part, a, _of(sets, g), dx, add=add or g > 0, drop=drop)
     return dx
 
 
@@ -472,7 +477,7 @@ def _weight_grads(
     seed, p, stream = drop
     tile = tiles.expert_weight_tiles(r, x_TK.dtype, capability_of(x_TK.device))
     splits = tiles.weight_splits(T * k // E, E * r, K, tile)
-    pairs, starts = by_expert(sets)
+    pairs, starts = sets.by_expert
     shape, strides = ((splits, K, E * r), (1, E * r)) if transposed else ((splits, E * r, K), (K, 1))
     partials = x_TK.new_empty(shape, dtype=torch.float32)
     with launching_on(x_TK.device):

@@ -12,7 +12,8 @@ Shape letters: T tokens, E experts, E_PAD padded to a power of two, k experts ch
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -78,7 +79,8 @@ def union_kernel(p_slots, p_order, p_experts, p_counts, T, E: tl.constexpr, E_PA
     tl.store(p_counts + i_t, tl.sum(b_present, axis=0))
 
 
-class Sets(NamedTuple):
+@dataclass(frozen=True)
+class Sets:
     """What T tokens chose, and the two orders in which kernels visit them."""
 
     chosen: Tensor
@@ -93,6 +95,14 @@ class Sets(NamedTuple):
     """(I,) int32: how many these are"""
     rows: int
     """tokens of a tile"""
+
+    @cached_property
+    def by_expert(self) -> tuple[Tensor, Tensor]:
+        """The T k (token, slot) pairs sorted by expert, as ``token * k + slot`` (T k,), and where each expert's begin
+        (E + 1,); both int64. Sorted when first asked for: forward has no use for them, backward several."""
+        experts, pairs = self.chosen.flatten().sort(stable=True)
+        starts = torch.arange(self.slots.shape[1] + 1, device=experts.device)
+        return pairs, torch.searchsorted(experts, starts)
 
 
 def sets_of(gates_TE: Tensor, top_k: int, rows: int) -> Sets:
@@ -119,14 +129,6 @@ def sets_of(gates_TE: Tensor, top_k: int, rows: int) -> Sets:
             slots, order, experts, counts, T, E=E, E_PAD=e_pad, BLOCK_T=rows, num_warps=CHOICES.num_warps
         )
     return Sets(chosen, slots, order, experts, counts, rows)
-
-
-def by_expert(sets: Sets) -> tuple[Tensor, Tensor]:
-    """The T k (token, slot) pairs sorted by expert, as ``token * k + slot`` (T k,), and where each expert's begin
-    (E + 1,); both int64."""
-    experts, pairs = sets.chosen.flatten().sort(stable=True)
-    starts = torch.arange(sets.slots.shape[1] + 1, device=experts.device)
-    return pairs, torch.searchsorted(experts, starts)
 
 
 def compile_cases(_: Capability) -> Iterator[Case]:

@@ -54,9 +54,12 @@ def shrink_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability) -> 
         return Tiles(block_t=32, block_k=32, block_n=block_p, num_warps=4, num_stages=2)
     warps = 8 if block_p > 64 else 4
     if _reads_shared_memory(capability):
-        return _staged(64, 64, block_p, 4 * Q, warps, capability)
+        # Beside the most logits, steps of 64 fp16 features spill on sm_100.
+        short = Q > MIN_DOT and dtype == torch.float16 and capability is not None and capability[0] == 10
+        return _staged(64, 32 if short else 64, block_p, 4 * Q, warps, capability)
     # Operands pass through registers: a shorter step leaves room for the accumulators, and fp16 x beside a router,
-    # whose weights then travel as three tf32 terms, needs fewer rows too.
+    # whose weights then travel as three tf32 terms, needs fewer rows too; the most logits need more threads.
+    warps = 8 if Q > MIN_DOT else warps
     return _staged(32 if Q and dtype == torch.float16 else 64, 32, block_p, 4 * Q, warps, capability)
 
 
@@ -68,7 +71,7 @@ def weight_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability) -> 
     if _reads_shared_memory(capability):
         return _staged(64, 64 if block_p == MAX_P else 128, block_p, 4 * Q, 8, capability)
     block_k = 64 if block_p in (MIN_DOT, MAX_P) or Q else 128  # the narrowest spills beside 128 in Triton 3.6
-    if Q > MIN_DOT and dtype == torch.float16:
+    if dtype == torch.float16 and (Q > MIN_DOT or (Q and block_p == MAX_P)):
         block_k = 32
     return _staged(32, block_k, block_p, 4 * Q, 8 if block_k * block_p > 64 * 128 else 4, capability)
 

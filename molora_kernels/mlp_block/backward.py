@@ -21,7 +21,7 @@ from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.tiles import Capability, launching_on
 from molora_kernels.grouped_lora import backward as grouped_lora
 from molora_kernels.grouped_lora import gating, grouped
-from molora_kernels.grouped_lora.forward import rows_contiguous
+from molora_kernels.grouped_lora.forward import cast_together, rows_contiguous
 from molora_kernels.grouped_lora.sets import Sets
 from molora_kernels.mlp_block import portable
 from molora_kernels.mlp_block.forward import BLOCK, TILES
@@ -85,10 +85,15 @@ def backward(
         """As (T, columns), or None for the empty tensor that says "not needed"."""
         return t.flatten(1) if needed and t.ndim > 1 else None
 
+    a_in, a_down, *b = cast_together([lora_a[:2], lora_a[2:], *([b] for b in lora_b)], x_TK.dtype)
+
     def adapter(part: slice, stream: int, gates: Tensor | None) -> _Adapter:
         sets = [] if form == "dense" or gates is None else grouped.sets_of_all(gates, top_k, x_TK.dtype)
         routers = torch.cat(router_weights[part]).float() if router_weights[part] else None
-        return _Adapter(lora_a[part], lora_b[part], routers, gates, sets, scaling, (dropout_seed, dropout_p, stream))
+        return _Adapter(
+            a_in if stream == 0 else a_down, b[part], lora_a[part], lora_b[part], routers, gates, sets, scaling,
+            (dropout_seed, dropout_p, stream),
+        )  # fmt: skip
 
     def router_grads(logits: Tensor | None, more: Tensor | None, part: slice) -> gating.RouterGrads | None:
         if logits is None:
@@ -130,15 +135,20 @@ def backward(
     if not need_drouter:
         return dx, da, db, [], []
     dlogits = [*dlogits_in.unbind(1), *(dlogits_down.unbind(1) if own_router else ())]
-    drouters = [*(d.clone() for d in drouter_in.chunk(min(routers, 2))), *((drouter_down,) if own_router else ())]
-    return dx, da, db, drouters, [d.sum(0) for d in dlogits]
+    drouters = [*drouter_in.chunk(min(routers, 2), 1), *((drouter_down,) if own_router else ())]
+    return dx, da, db, [d.sum(0) for d in drouters], [d.sum(0) for d in dlogits]
 
 
 class _Adapter(NamedTuple):
     """Experts and routers of the projections that read one input, in the form that forward ran."""
 
+    a: Tensor
+    """(P, K) in the input's dtype"""
+    b: list[Tensor]
+    """(N, R) in the input's dtype"""
     lora_a: list[Tensor]
     lora_b: list[Tensor]
+    """The masters, whose dtypes their gradients have."""
     routers: Tensor | None
     """(H * E, K) fp32, where they have their own"""
     gates: Tensor | None
@@ -153,9 +163,9 @@ class _Adapter(NamedTuple):
         """ds, the gated shrink, and dlogits, or dgates where the router is another's; see ``gating.gate_backward``."""
         settings = (len(dys), self.scaling)
         if not self.sets or self.gates is None:
-            dgated = grouped_lora.unexpand(dys, self.lora_b, s)
+            dgated = grouped_lora.unexpand(dys, self.b, s)
             return gating.gate_backward(dgated, s, self.gates, *settings, router=router, **need)
-        dgated = grouped.unexpand(dys, self.lora_b, self.sets)
+        dgated = grouped.unexpand(dys, self.b, self.sets)
         ds, gated, dgates = grouped.gate_backward(dgated, s, self.gates, self.sets, *settings, **need)
         if router and need["need_dgates"]:
             dgates = dgates if router.more_dgates is None else dgates + router.more_dgates
@@ -166,28 +176,27 @@ class _Adapter(NamedTuple):
         """What experts and routers contribute to the input's gradient."""
         routers = None if dlogits is None else self.routers
         if not self.sets:
-            a = torch.cat(self.lora_a).to(ds.dtype)
-            return grouped_lora.input_grad(ds, a, dlogits, routers, *self.drop)
+            return grouped_lora.input_grad(ds, self.a, dlogits, routers, *self.drop)
         dx = None
         if routers is not None:  # a product with no experts: the routers' alone
-            a = self.lora_a[0].new_empty(0, routers.shape[1])
-            dx = grouped_lora.input_grad(ds[:, :0], a, dlogits, routers, None, 0.0, 0)
-        return grouped.input_grad(ds, self.lora_a, self.sets, dx, *self.drop)
+            dx = grouped_lora.input_grad(ds[:, :0], self.a[:0], dlogits, routers, None, 0.0, 0)
+        return grouped.input_grad(ds, list(self.a.chunk(len(self.lora_a))), self.sets, dx, *self.drop)
 
     def weight_grads(
         self, x: Tensor, dys: list[Tensor], ds: Tensor | None, gated: Tensor, dlogits: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """da and db per projection, in their own dtypes, if ds is given; the routers' (H * E, K) fp32 if dlogits."""
+        """da and db per projection, in their own dtypes, if ds is given; if dlogits, the terms of the routers' (splits,
+        H * E, K) fp32."""
         if ds is None:
-            return [], [], grouped_lora.weight_grads(x, None, dlogits)[1]
+            return [], [], grouped_lora.weight_partials(x, None, dlogits)[1]
         if not self.sets:
-            da, drouter = grouped_lora.weight_grads(x, ds, dlogits, *self.drop)
-            parts = da.chunk(len(self.lora_a))
-            das = [part.to(a.dtype, copy=True) for part, a in zip(parts, self.lora_a, strict=True)]
-            return das, grouped_lora.expand_grads(dys, gated, self.lora_b), drouter
+            partials, router_partials = grouped_lora.weight_partials(x, ds, dlogits, *self.drop)
+            parts = partials.chunk(len(self.lora_a), 1)
+            das = [part.sum(0).to(a.dtype) for part, a in zip(parts, self.lora_a, strict=True)]
+            return das, grouped_lora.expand_grads(dys, gated, self.lora_b), router_partials
         das = grouped.shrink_grads(x, ds, self.lora_a, self.sets, *self.drop)
         dbs = grouped.expand_grads(dys, gated, self.lora_b, self.sets)
-        return das, dbs, grouped_lora.weight_grads(x, None, dlogits)[1]
+        return das, dbs, grouped_lora.weight_partials(x, None, dlogits)[1]
 
 
 def swiglu_backward(h_gate: Tensor, h_up: Tensor, dh: Tensor, *, need_h: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -61,10 +61,13 @@ def forward(
             dropout_seed, top_k, scaling, dropout_p, form,
         )  # fmt: skip
 
+    def stacked(tensors: list[Tensor]) -> Tensor:
+        """In fp32; one alone is not copied."""
+        return (tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)).float().contiguous()
+
     def routers_of(part: slice) -> grouped_lora.Routers:
-        weight = torch.stack(router_weights[part]).float()
-        bias, selection = (torch.stack(b[part]).float() if b else None for b in (router_biases, selection_biases))
-        return grouped_lora.Routers(weight, bias, selection, router.flags(mask_T), top_k)
+        bias, selection = (stacked(b[part]) if b else None for b in (router_biases, selection_biases))
+        return grouped_lora.Routers(stacked(router_weights[part]), bias, selection, router.flags(mask_T), top_k)
 
     def project(
         x: Tensor, part: slice, stream: int, shared: grouped_lora.Routed | None
@@ -72,7 +75,7 @@ def forward(
         """Outputs, shrink, and what the part's own routers say; where it has none, the shared one's gates apply."""
         frozen, drop = (x, weights[part], biases[part]), (dropout_seed, dropout_p, stream)
         routers, own, s = routers_of(part) if router_weights[part] else None, None, None
-        a = torch.cat(lora_a[part]).to(x.dtype)
+        a = a_in if stream == 0 else a_down
         if routers:
             heads, experts = tiles.padded_experts(*routers.weight.shape[:2])
             if form == "dense" and tiles.rides_along(a.shape[0], heads * experts, x.dtype):
@@ -82,19 +85,21 @@ def forward(
         routed = own or shared
         gates = routed and routed.gates
         if form == "grouped":
-            lists = (*frozen, lora_a[part], lora_b[part])
+            lists = (*frozen, list(a.chunk(len(frozen[1]))), b[part])
             return *grouped.forward(*lists, gates, dropout_seed, scaling, dropout_p, stream, top_k), own
         s = grouped_lora.shrink(x, a, *drop) if s is None else s
-        return grouped_lora.expand(*frozen, lora_b[part], gating.gate(s, gates, len(frozen[1]), scaling)), s, own
+        return grouped_lora.expand(*frozen, b[part], gating.gate(s, gates, len(frozen[1]), scaling)), s, own
 
     x_TK = grouped_lora.rows_contiguous(x_TK)
+    a_in, a_down, *b = grouped_lora.cast_together([lora_a[:2], lora_a[2:], *([b] for b in lora_b)], x_TK.dtype)
     (h_gate, h_up), s_in, routed_in = project(x_TK, slice(0, 2), 0, None)
     (y,), s_down, routed_down = project(swiglu(h_gate, h_up), slice(2, 3), 1, routed_in)
 
     all_routed = [routed for routed in (routed_in, routed_down) if routed]
-    sums, counts = portable.no_routing(x_TK)
     if all_routed:
         sums, counts = torch.cat([r.sums for r in all_routed]), torch.cat([r.counts for r in all_routed])
+    else:
+        sums, counts = portable.no_routing(x_TK)
     routed = [(r.gates, r.logits) if r else (x_TK.new_empty(0), x_TK.new_empty(0)) for r in (routed_in, routed_down)]
     return y, sums, counts, [h_gate, h_up, s_in, s_down, *routed[0], *routed[1]]
 

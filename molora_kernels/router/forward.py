@@ -153,13 +153,19 @@ def forward(
                 num_warps=tiles.num_warps, num_stages=tiles.num_stages,
             )  # fmt: skip
         router_sums_kernel[(heads,)](
-            partials, sums, counts, blocks, heads,
-            E=experts, COLUMNS=next_power_of_2(1 + 2 * experts), BLOCK_B=SUMS_BLOCK, num_warps=SUMS_WARPS,
+            partials, sums, counts, blocks, heads, E=experts, **sums_blocks(experts), num_warps=SUMS_WARPS
         )  # fmt: skip
     return gates, logits, sums, counts
 
 
-SUMS_BLOCK, SUMS_WARPS = 16, 4
+SUMS_WARPS = 4
+
+
+def sums_blocks(experts: int) -> dict[str, int]:
+    """For :func:`router_sums_kernel`: 32 numbers a thread at a time. One program adds all the rows of a router, so it
+    waits for memory once for each step; a step is as long as registers allow."""
+    columns = next_power_of_2(1 + 2 * experts)
+    return {"COLUMNS": columns, "BLOCK_B": 32 * 32 * SUMS_WARPS // columns}
 
 
 def forward_tiles(heads: int, experts: int, dtype: torch.dtype, capability: Capability) -> Tiles:
@@ -242,7 +248,7 @@ def compile_cases(capability: Capability) -> Iterator[Case]:
             label=f"H={heads} E={experts}",
             pointers=dict.fromkeys(("p_partials", "p_sums", "p_counts"), torch.float32),
             scalars={"B": 256, "H": heads},
-            constants={"E": experts, "COLUMNS": next_power_of_2(1 + 2 * experts), "BLOCK_B": SUMS_BLOCK},
+            constants={"E": experts, **sums_blocks(experts)},
             tiles=Tiles(block_t=0, block_k=0, num_warps=SUMS_WARPS),
             tensor_cores=False,
         )

@@ -35,3 +35,13 @@ def test_runs_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     table = (tmp_path / "all.md").read_text()
     assert "2 cases, 1 at fault" in table and "| a_kernel | sm_86 | 1 | 96 | 8 |" in table
     assert "commit `0123456`" in table
+
+
+def test_a_kernel_compiled_again_takes_the_place_of_what_it_was(tmp_path: Path) -> None:
+    sources = [{"commit": "0123456789", "packages": {"triton": "3.9.0"}}]
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    compile_matrix._write_json(old, sources, [ROW, replace(ROW, label="fp16"), replace(ROW, kernel="b_kernel")])
+    compile_matrix._write_json(new, sources, [replace(ROW, registers=80)])
+    assert merge([old, new], json=tmp_path / "all.json") == 0
+    rows = json.loads((tmp_path / "all.json").read_text())["rows"]
+    assert [row[1:3] + row[4:5] for row in rows] == [["a_kernel", "bf16", 80], ["b_kernel", "bf16", 96]]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench import mlp, peers, variants
+from bench import mlp, peers, provenance, variants
 from bench.__main__ import main
 from bench.machine import Roofline
 from bench.measure import Variant, saved_mib
@@ -71,6 +74,35 @@ def test_a_result_says_what_was_measured_and_how(tmp_path: Path) -> None:
     assert result["shape"]["seed"] == 0 and result["shape"]["tokens"] == 256
     assert {"commit", "command", "packages", "cpu", "gpu"} <= result["provenance"].keys()
     assert result["roofline"]["gflop_per_s"] > 0 and result["roofline"]["gbyte_per_s"] > 0
+
+
+def test_a_sweep_that_is_stopped_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = mlp.measured
+
+    def stopped(shape: Shape, *rest: Any) -> dict[str, Any]:
+        if shape.experts > 2:
+            raise KeyboardInterrupt
+        return measured(shape, *rest)
+
+    monkeypatch.setattr(mlp, "measured", stopped)
+    file = tmp_path / "sweep.json"
+    with pytest.raises(KeyboardInterrupt):
+        main(["sweep", "--over", "experts", *ARGUMENTS, "--only", "molora", "--json", str(file)])
+    assert [run["shape"]["experts"] for run in json.loads(file.read_text())["runs"]] == [2]
+
+
+def test_without_git_the_commit_is_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "_git", lambda *_: None)
+    monkeypatch.delenv("MOLORA_COMMIT", raising=False)
+    assert provenance.provenance()["commit"] is None
+    monkeypatch.setenv("MOLORA_COMMIT", "0123456789")
+    assert provenance.commit_of(provenance.provenance()) == "commit `0123456`"
+
+
+def test_kernels_are_measured_without_pydantic() -> None:
+    """Only the training step needs molora's configuration."""
+    script = "import sys; sys.modules['pydantic'] = None; import bench.mlp, bench.op, bench.sweep, bench.compile"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_saved_bytes_are_counted_once_and_without_weights() -> None:

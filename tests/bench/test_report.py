@@ -42,6 +42,12 @@ def test_a_reason_for_what_has_no_time_is_on_the_page() -> None:
     assert "mixlora: not measured, mixlora is not installed" in tables.origin_cpu(results)
 
 
+def test_a_copy_that_does_not_know_its_commit_is_shown_too() -> None:
+    results: Any = copy.deepcopy(report.load())
+    results["mlp-cpu-fp32"]["provenance"]["commit"] = None
+    assert "commit unknown" in tables.origin_cpu(results)
+
+
 ROW = {"fwd_ms": 1.0, "bwd_ms": 2.0, "total_ms": 3.0, "ratio_quartiles": [1.0, 1.3], "saved_mib": 1.0}
 
 

@@ -137,14 +137,15 @@ def results(inputs: LoraInputs, backend: Backend, form: Form = "dense") -> dict[
     return {f"y{g}": y.detach() for g, y in enumerate(outputs)} | named
 
 
-def check(inputs: LoraInputs, backend: Backend, form: Form = "dense") -> None:
-    """Every result of the backend within twice the reference's error in the same dtype.
+def check(inputs: LoraInputs, backend: Backend, form: Form = "dense", given: LoraInputs | None = None) -> None:
+    """Every result of the backend within twice the reference's error in the same dtype. ``given`` goes to the backend
+    instead: the same values, elsewhere in memory.
 
     The floor is one rounding of what results are computed from: gradients of fp32 masters too are made of 16-bit
     products where x has 16 bits. In fp32 it is four, for chains of sums over few elements.
     """
     exact, eager = results(inputs.double(), "reference"), results(inputs, "reference")
-    for name, actual in results(inputs, backend, form).items():
+    for name, actual in results(given or inputs, backend, form).items():
         roundings = 2 * torch.finfo(inputs.x.dtype).eps / torch.finfo(actual.dtype).eps
         fp32 = inputs.x.dtype == torch.float32
         assert_within_budget(actual, eager[name], exact[name], name, roundings=8 if fp32 else round(roundings))
