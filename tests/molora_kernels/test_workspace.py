@@ -14,7 +14,9 @@ from molora_kernels.grouped_lora.dispatch import Form
 
 
 @pytest.fixture(autouse=True)
-def released() -> Iterator[None]:
+def released(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is held, by tests of other files neither."""
+    monkeypatch.setattr(workspace, "_kept", workspace._Kept())
     workspace.release()
     yield
     workspace.release()
