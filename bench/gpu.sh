@@ -97,6 +97,9 @@ bench() {
   measure op-cuda-bf16 75 op "${shapes[@]}" --tokens 8192
   measure step-cuda-bf16-stage1 75 step "${model[@]}" --rows 10 --length 512 --checkpointing none \
     --only molora "PEFT LoRA r=64"
+  # What a card of 24 GB has to run.
+  measure step-cuda-bf16-stage2-checkpointing 75 step "${model[@]}" --rows 8 --length 1024 \
+    --checkpointing non_reentrant --only molora
   # Last: nobody knows how long it compiles.
   measure mlp-cuda-bf16-compile 110 mlp "${shapes[@]}" --tokens 8192 --only molora "dense torch.compile"
 }
