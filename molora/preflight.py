@@ -71,11 +71,8 @@ class Need:
     """The most that is alive at any moment. Less than the sum: gradients come while activations go."""
 
 
-def need(config: Config, base: PreTrainedConfig, dtype: torch.dtype, shape: Shape, *, triton: bool = False) -> Need:
-    """What one step of ``config`` needs on a ``base`` model in ``dtype``, in the phase that trains most.
-
-    ``triton``: its kernels will run it, and not the portable backend.
-    """
+def need(config: Config, base: PreTrainedConfig, dtype: torch.dtype, shape: Shape) -> Need:
+    """What one step of ``config`` needs on a ``base`` model in ``dtype``, in the phase that trains most."""
     with FakeTensorMode():
         attention = config.model.attn_implementation
         kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
@@ -89,7 +86,7 @@ def need(config: Config, base: PreTrainedConfig, dtype: torch.dtype, shape: Shap
         adapters = [p for members in parameter_groups(model).values() for _, p in members]
         trained = _open_most(model, config)
         accumulated = config.training.grad_accum_steps
-        one, two = (_run_step(model, config, shape, n, triton) for n in (1, min(2, accumulated)))
+        one, two = (_run_step(model, config, shape, n) for n in (1, min(2, accumulated)))
         # Kept together, every further micro-batch keeps what the second kept; one by one, the second is like the rest.
         further = accumulated - 1 if config.moe.load_balance.scope == "step" else 1
         activations, peak = (a + further * (b - a) for a, b in zip(one, two, strict=True))
@@ -139,7 +136,7 @@ def _open_most(model: nn.Module, config: Config) -> list[nn.Parameter]:
     return trained()
 
 
-def _run_step(model: Any, config: Config, shape: Shape, micro_batches: int, triton: bool) -> tuple[int, int]:
+def _run_step(model: Any, config: Config, shape: Shape, micro_batches: int) -> tuple[int, int]:
     """Bytes that a step of so many micro-batches keeps from forward to backward, and its peak; like
     :meth:`molora.trainer.Trainer.train_step`."""
     model.zero_grad(set_to_none=True)
@@ -149,7 +146,7 @@ def _run_step(model: Any, config: Config, shape: Shape, micro_batches: int, trit
     batch = Batch(ids, mask, ids, where, shape.rows * shape.length, [], [], positions)
     together = config.moe.load_balance.scope == "step"
     kept = 0
-    with _Alive([*model.parameters(), *model.buffers()], triton) as alive:
+    with _Alive([*model.parameters(), *model.buffers()]) as alive:
         for scope in [micro_batches] if together else [1] * micro_batches:
             before, forwards = alive.now, []
             for _ in range(scope):
@@ -169,9 +166,8 @@ def _run_step(model: Any, config: Config, shape: Shape, micro_batches: int, trit
 class _Alive(TorchDispatchMode):
     """Counts the bytes of the tensors that operators make, from their making until they are freed."""
 
-    def __init__(self, known: Sequence[Tensor], triton: bool) -> None:
+    def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
-        self.triton = triton
         self.now = self.peak = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
@@ -180,7 +176,7 @@ class _Alive(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())
-        self.peak = max(self.peak, self.now + _inside(func, args, self.triton))
+        self.peak = max(self.peak, self.now + _inside(func, args))
         return out
 
     def _add(self, storage: Any) -> None:
@@ -195,14 +191,14 @@ class _Alive(TorchDispatchMode):
         self.now -= size
 
 
-def _inside(func: Any, args: Any, triton: bool) -> int:
-    """Bytes that the MLP block makes and frees within one call: the intermediate in forward; it and its gradient in
-    backward, and with Triton one of the factors' gradients too (``molora_kernels/mlp_block``)."""
+def _inside(func: Any, args: Any) -> int:
+    """Bytes that the MLP block makes and frees within one call: the intermediate in forward; it, its gradient and
+    that of one of its factors in backward (``molora_kernels/mlp_block``)."""
     name = func._schema.name
     if name == "molora::mlp_block_fwd":
         return args[0].shape[0] * args[1][0].shape[0] * args[0].itemsize
     if name == "molora::mlp_block_bwd":
-        return (3 if triton else 2) * args[2].shape[0] * args[3][0].shape[0] * args[2].itemsize
+        return 3 * args[2].shape[0] * args[3][0].shape[0] * args[2].itemsize
     return 0
 
 
@@ -277,7 +273,7 @@ def report(config: Config, output: Path, rows: Sequence[Row], memory_gb: float |
         examples = packing.pack(examples, config.data.max_length)
 
     def needs(candidate: Config, shape: Shape) -> Need:
-        return need(candidate, base, dtype, shape, triton=device.type == "cuda")
+        return need(candidate, base, dtype, shape)
 
     shape = largest_batch(config, examples)
     kinds = dict.fromkeys(["none", "non_reentrant", config.model.gradient_checkpointing])
