@@ -193,7 +193,8 @@ class _Alive(TorchDispatchMode):
 
 def _inside(func: Any, args: Any) -> int:
     """Bytes that the MLP block makes and frees within one call: the intermediate in forward; it, its gradient and
-    that of one of its factors in backward (``molora_kernels/mlp_block``)."""
+    that of one of its factors in backward (``molora_kernels/mlp_block``). On a CPU dropout and sorted tokens take one
+    to four more for a moment, which are not counted."""
     name = func._schema.name
     if name == "molora::mlp_block_fwd":
         return args[0].shape[0] * args[1][0].shape[0] * args[0].itemsize

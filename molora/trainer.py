@@ -62,7 +62,10 @@ class Trainer:
             checkpoint.check_same_run(start, config, self.provenance)
 
         seed_everything(config.seed)
-        molora_kernels.use_backend(config.kernels.backend)
+        try:
+            molora_kernels.use_backend(config.kernels.backend)
+        except RuntimeError as error:
+            raise UserError(f"kernels.backend: {error}") from error
         molora_kernels.use_form(config.kernels.form)
         self.model, self.tokenizer = adapter.build(config)
         if start is not None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 
 
-@torch.compiler.assume_constant_result
 def has_amx() -> bool:
-    """Whether it is one of Intel's Xeons with matrix units (from 2023 on). On those products cost half as much in fp32,
-    and a tenth in bf16, as on the other CPU that docs/log.md has measurements of, while memory is no faster."""
-    # PyTorch keeps the answer; a cache of our own torch.compile would look through, and fail.
-    capabilities = getattr(torch.cpu, "get_capabilities", None)  # PyTorch 2.12 and newer
+    """Whether it is one of Intel's Xeons with matrix units (from 2023 on). There products cost half in fp32, and
+    a fifth in bf16, as on the other CPU that docs/log.md has measurements of, while memory is no faster. PyTorch 2.11
+    cannot say: with it every CPU counts as having none."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # keeps its answer
     return bool(capabilities and capabilities().get("amx_tile"))
+
+
+# What torch.compiler.assume_constant_result does, which imports all of torch.compile for it: a second at each import.
+has_amx._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx._symbolic_trace import is_fx_tracing
 
 from molora_kernels import backend
 
@@ -28,6 +29,8 @@ def compiled(rows: Tensor) -> bool:
     """Whether a pass over these rows is compiled under the present choice of backend."""
     if len(rows) < LEAST_ROWS or torch.is_inference_mode_enabled():  # whose tensors would want loops of their own
         return False
+    if torch.jit.is_tracing() or is_fx_tracing():  # torch.compile refuses to be traced
+        return False
     return backend.backend_for(rows.device) == "inductor"
 
 
@@ -37,10 +40,11 @@ def one_pass(rows: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
     def mark(function: Callable[..., None]) -> Callable[..., None]:
         compile_ = functools.cache(lambda: torch.compile(function, fullgraph=True, dynamic=True))
+        refused: set[torch.dtype] = set()
 
         @functools.wraps(function)
         def run(*args: Any) -> None:
-            if compiled(args[0]):
+            if args[0].dtype not in refused and compiled(args[0]):
                 from torch._dynamo import exc  # takes a second, so not before something is compiled
 
                 try:
@@ -48,7 +52,7 @@ def one_pass(rows: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
                         # Without their history: of a view, or of what requires grad, it would make another loop.
                         return compile_()(*(a.data if isinstance(a, Tensor) else a for a in args))
                 except exc.FailOnRecompileLimitHit:
-                    pass  # more dtypes and layouts than torch.compile keeps of one function
+                    refused.add(args[0].dtype)  # more dtypes and layouts than torch.compile keeps of one function
                 except exc.BackendCompilerFailed as error:
                     backend.without_compiler(error)  # nothing was written yet
             step = max(1, _ELEMENTS * len(args[0]) // max(1, args[0].numel()))

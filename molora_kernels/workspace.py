@@ -83,7 +83,8 @@ _LARGE = 1 << 20
 
 
 class _Kept:
-    """Memory that was used before. All that is held, used or free, is never more than was once in use together."""
+    """Memory that was used before. All that is held, used or free, is at most a quarter more than was once in use
+    together: by so much may a piece be larger than what is asked for."""
 
     def __init__(self) -> None:
         self.returned: deque[Tensor] = deque()
@@ -95,7 +96,7 @@ class _Kept:
     def take(self, size: int) -> Tensor:
         with self._lock:
             self._collect()
-            fitting = [m for m in self.free if size <= len(m) <= 2 * size]
+            fitting = [m for m in self.free if size <= len(m) <= 1.25 * size]
             if fitting:
                 memory = min(fitting, key=len)
                 self.free = [m for m in self.free if m is not memory]

@@ -236,14 +236,14 @@ def adapter_grad(
     rows_VF: Tensor, columns_VC: Tensor, order: Order, dtype: torch.dtype, everyone: int = 0
 ) -> tuple[Tensor, Tensor]:
     """``columns^T rows`` of each group: (R, F), added to the rows of its experts, and (E, F), the sum over all groups
-    of what the last columns give, that are ``everyone``'s."""
+    of what the last columns give, that are ``everyone``'s, in fp32 at least."""
     features, experts = rows_VF.shape[1], order.groups.shape[1]
     own = columns_VC.shape[1] - everyone
     grad_ErF = rows_VF.new_zeros(order.total, own // experts, features, dtype=dtype)
-    grad_EF = grad_ErF.new_zeros(everyone, features)
+    grad_EF = rows_VF.new_zeros(everyone, features, dtype=torch.promote_types(torch.float32, rows_VF.dtype))
     for x, s, chosen in zip(_of_groups(rows_VF, order), _of_groups(columns_VC, order), order.groups, strict=True):
-        grad = portable.over_rows(x, s).to(dtype)
-        grad_ErF.index_add_(0, chosen, grad[:own].unflatten(0, (experts, -1)))
+        grad = portable.over_rows(x, s)
+        grad_ErF.index_add_(0, chosen, grad[:own].to(dtype).unflatten(0, (experts, -1)))
         grad_EF += grad[own:]
     return grad_ErF.flatten(0, 1), grad_EF
 

@@ -1,7 +1,8 @@
 """The router in plain PyTorch with a hand-written backward: what the ``torch`` backend runs.
 
 Shape letters: T tokens, K input features, H routers that read the same input, E experts. All router arithmetic is
-fp32 (fp64 for fp64 inputs), whatever the dtype of x.
+fp32 (fp64 for fp64 inputs), whatever the dtype of x; but for the weights' gradient from bf16 rows where it rides on the
+adapters' (:func:`columns_of`), which is rounded once, as theirs is.
 """
 
 from __future__ import annotations

@@ -547,3 +547,11 @@ def test_a_healthy_warm_up_raises_no_alarm_and_one_without_gradient_does(
     else:
         assert told[0]["step"] == 10
         assert "without a gradient in 10 steps: model.layers.0.mlp.gate_proj.router.weight" in told[0]["warning"]
+
+
+def test_a_backend_that_cannot_run_here_is_an_error_to_mend(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("molora_kernels.backend.compiler_installed", lambda: False)
+    with pytest.raises(UserError, match=r"kernels.backend: .*needs a C\+\+ compiler.*choose 'torch'"):
+        run(make_config("kernels.backend=inductor"), tmp_path / "run")

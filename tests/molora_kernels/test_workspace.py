@@ -105,9 +105,9 @@ def test_lasting_memory_comes_back_when_the_last_view_is_gone() -> None:
     second = workspace.lasting(like, 1024, 512).fill_(2.0)
     assert second.data_ptr() != where and (view == 1.0).all()
     del view
-    third = workspace.lasting(like, 600, 512)  # what fits with less than half to spare is used again
+    third = workspace.lasting(like, 900, 512)  # what fits with less than a fifth to spare is used again
     assert third.data_ptr() == where and workspace.lasting(like, 100, 512).data_ptr() != where
-    assert third.shape == (600, 512) and third.dtype == torch.float32 and third.is_contiguous()
+    assert third.shape == (900, 512) and third.dtype == torch.float32 and third.is_contiguous()
 
 
 def test_lasting_memory_is_held_by_a_graph_until_backward() -> None:
@@ -141,11 +141,11 @@ def test_lasting_memory_comes_back_from_any_thread() -> None:
     assert workspace.lasting(torch.zeros(1), 1024, 512).data_ptr() == where
 
 
-def test_lasting_memory_is_never_more_than_was_in_use_at_once() -> None:
-    like, kept = torch.zeros(1), workspace._kept
-    for rows in (700, 2500, 900, 5000, 1200, 5001):  # none of these fits where another was
-        workspace.lasting(like, rows, 512)
-        assert kept.used + sum(map(len, kept.free)) <= kept.most
-    assert kept.most == 5001 * 512 * 4
-    workspace.lasting(like, 4)  # little memory is the allocator's
-    assert kept.most == 5001 * 512 * 4
+def test_lasting_memory_is_a_quarter_more_than_was_in_use_at_once_at_most() -> None:
+    like, kept, most = torch.zeros(1), workspace._kept, 0
+    for sizes in ((700,), (2500, 900), (5000,), (4100, 900), (1200, 1201, 1202), (5001,), (4,)):
+        tensors = [workspace.lasting(like, rows, 512) for rows in sizes]
+        most = max(most, sum(t.numel() * 4 for t in tensors))
+        assert kept.used + sum(map(len, kept.free)) <= 1.25 * most
+        del tensors
+    assert workspace.lasting(like, 4).numel() == 4 and kept.used < 1 << 20  # little memory is the allocator's
