@@ -16,11 +16,11 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "eulerforge", "mixlora", 
 
 
 def provenance() -> dict[str, Any]:
-    """Command, commit and versions; ``uncommitted_changes`` concerns tracked files.
+    """Command, commit and versions; ``uncommitted_changes`` concerns tracked files that are no results.
 
     A copy of the code that is no checkout is told its commit by the environment variable ``MOLORA_COMMIT``.
     """
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results")
     return {
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "commit": _git("rev-parse", "HEAD") or os.environ.get("MOLORA_COMMIT"),
