@@ -113,14 +113,14 @@ def test_lasting_memory_comes_back_when_the_last_view_is_gone() -> None:
 def test_lasting_memory_is_held_by_a_graph_until_backward() -> None:
     class Square(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(ctx, x: Tensor) -> Tensor:
             kept = workspace.lasting(x, *x.shape).copy_(x)
             ctx.where = kept.data_ptr()
             ctx.save_for_backward(kept)
             return kept.square()
 
         @staticmethod
-        def backward(ctx, dy: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(ctx, dy: Tensor) -> Tensor:
             return 2 * dy * ctx.saved_tensors[0]
 
     x = torch.randn(1024, 512, requires_grad=True)

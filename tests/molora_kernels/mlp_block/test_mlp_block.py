@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def test_torch_backend_follows_the_reference(form: Form, case: MlpCase, dtype: t
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[4], CASES[5]], ids=str)
+@pytest.mark.parametrize("case", CASES[2:7], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_compiled_passes_follow_the_reference(
     form: Form, case: MlpCase, dtype: torch.dtype, every_pass_compiled: None
@@ -59,6 +60,13 @@ def test_compiled_passes_follow_the_reference(
     check(i, case, "inductor", form)
     once, again = (results(i, case, "inductor", form) for _ in range(2))
     assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_routers_keep_their_precision_beside_adapters_of_16_bits(form: Form) -> None:
+    i = mlp_inputs(CASES[6])
+    narrow = {name: [t.bfloat16() for t in getattr(i, name)] for name in ("lora_a", "lora_b")}
+    check(replace(i, **narrow), CASES[6], "torch", form)
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[5]], ids=str)
