@@ -30,13 +30,13 @@ def forward(
 ) -> tuple[list[Tensor], Tensor]:
     """One (T, N) output per projection, and the ungated shrink s (T, G * R) that backward needs."""
     dtype, dropout = x_TK.dtype, Dropout(dropout_seed, dropout_p, stream)
-    a_RK = scaled(torch.cat(lora_a_RK), dropout_p).to(dtype)
+    a_RK = joined(lora_a_RK, dtype, survivor_scale(dropout_p))
     s = torch.mm(dropout.dropped(x_TK), a_RK.T, out=workspace.lasting(x_TK, len(x_TK), len(a_RK)))
     groups = len(lora_b_NR)
     gated = gate(s, gates_THE, groups, scaling)
     outputs = []
     for g, b in enumerate(lora_b_NR):
-        part, b_RN = _part(gated, g, groups), b.to(dtype).T
+        part, b_RN = _part(gated, g, groups), workspace.cast(b, dtype).T
         y = workspace.lasting(x_TK, len(x_TK), len(b))
         if not weights_NK:
             torch.mm(part, b_RN, out=y)
@@ -77,7 +77,8 @@ def backward(
     if need_dx:
         dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, out=workspace.lasting(x_TK, *x_TK.shape))
     if need_dlora:
-        da, _ = to_adapter(x_TK, ds, dropout, lora_a_RK[0].dtype)
+        da = lora_a_RK[0].new_empty(ds.shape[1], x_TK.shape[1])
+        to_adapter(x_TK, ds, dropout, out=list(da.chunk(len(lora_a_RK))))
     return dx, da, db, dgates
 
 
@@ -92,12 +93,14 @@ def to_shrink(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """ds (T, G * R), and db and dgates as in :func:`backward`."""
     dtype, groups = s_TGR.dtype, len(lora_b_NR)
-    dgated = torch.cat([dy.mm(b.to(dtype)) for dy, b in zip(dys_TN, lora_b_NR, strict=True)], dim=1)
+    dgated = workspace.empty(s_TGR, *s_TGR.shape)
+    for g, (dy, b) in enumerate(zip(dys_TN, lora_b_NR, strict=True)):
+        torch.mm(dy, workspace.cast(b, dtype), out=_part(dgated, g, groups))
     ds, gated, dgates = gate_backward(dgated, s_TGR, gates_THE, groups, scaling)
     db: list[Tensor] = []
     if need_dlora:
         db = [
-            over_rows(dy, _part(gated, g, groups)).T.to(b.dtype).contiguous()
+            b.new_empty(b.shape).copy_(over_rows(dy, _part(gated, g, groups)).T)
             for g, (dy, b) in enumerate(zip(dys_TN, lora_b_NR, strict=True))
         ]
     return ds, db, dgates if need_dgates else dgated.new_empty(0)
@@ -114,64 +117,85 @@ def to_input(
     router_weights_EK: Tensor | None = None,
 ) -> Tensor:
     """dx (T, K) in ``out``: of the frozen weights, the experts and, if given, the routers."""
-    columns, rows = [ds_TGR], [scaled(torch.cat(lora_a_RK), dropout.p).to(out.dtype)]
+    columns, rows = ds_TGR, lora_a_RK
     terms = list(zip(dys_TN, weights_NK, strict=True)) if weights_NK else []
     if dlogits_TE is not None and router_weights_EK is not None:
-        routers = dlogits_TE.to(out.dtype), router_weights_EK.to(out.dtype)
+        dlogits = dlogits_TE.to(out.dtype)
         if dropout.p:  # which drops what the experts give, not what the routers do
-            terms.append(routers)
+            terms.append((dlogits, router_weights_EK.to(out.dtype)))
         else:
-            columns, rows = [*columns, routers[0]], [*rows, routers[1]]
-    dropout.drop_(torch.mm(torch.cat(columns, dim=1), torch.cat(rows), out=out))
+            columns, rows = torch.cat([ds_TGR, dlogits], dim=1), [*lora_a_RK, router_weights_EK]
+    dropout.drop_(torch.mm(columns, joined(rows, out.dtype, survivor_scale(dropout.p)), out=out))
     for dy, weight in terms:
         out.addmm_(dy, weight)
     return out
 
 
 def to_adapter(
-    x_TK: Tensor, ds_TGR: Tensor, dropout: Dropout, dtype: torch.dtype, columns_TC: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """da (G * R, K), and (C, K), the transposed product of x^T with ``columns``, which are others'."""
-    if columns_TC is None:
-        columns_TC = ds_TGR[:, :0]
+    x_TK: Tensor, ds_TGR: Tensor, dropout: Dropout, out: list[Tensor], columns_TC: Tensor | None = None
+) -> Tensor:
+    """da (R, K) of each projection in ``out``. Returns (C, K) in the workspace: the transposed product of x^T with
+    ``columns``, which are others'."""
+    others = () if columns_TC is None else (columns_TC,)
     if dropout.p:
-        da, others_CK = over_rows(dropout.dropped(x_TK), ds_TGR), over_rows(x_TK, columns_TC)
+        da, others_CK = over_rows(dropout.dropped(x_TK), ds_TGR), over_rows(x_TK, *others)
     else:
-        both = over_rows(x_TK, torch.cat([ds_TGR, columns_TC], dim=1))
-        da, others_CK = both.split([ds_TGR.shape[1], columns_TC.shape[1]])
-    return scaled(da.to(dtype), dropout.p).clone(memory_format=torch.contiguous_format), others_CK
+        da, others_CK = over_rows(x_TK, ds_TGR, *others).tensor_split([ds_TGR.shape[1]])
+    for own, part in zip(out, da.chunk(len(out)), strict=True):
+        own.copy_(part)
+        if dropout.p:
+            own.mul_(survivor_scale(dropout.p))
+    return others_CK
 
 
-def over_rows(rows_TF: Tensor, columns_TC: Tensor) -> Tensor:
-    """(C, F): ``columns^T rows``. MKL takes up to 1.4 times as long for the one order of rows and columns in the result
-    as for the other; with AMX the rows are better the columns', else the features (docs/log.md)."""
-    return columns_TC.T.mm(rows_TF) if has_amx() else rows_TF.T.mm(columns_TC).T
+def over_rows(rows_TF: Tensor, *columns_TC: Tensor) -> Tensor:
+    """(C, F) in the workspace: ``columns^T rows`` of all columns, one set's after another's.
+
+    MKL takes up to 1.4 times as long for the one order of rows and columns in the result as for the other; with AMX
+    the rows are better the columns', else the features. There 16-bit products take up to 1.6 times as long if the
+    columns have to be read across, so they are written across first (docs/log.md).
+    """
+    tokens, features = rows_TF.shape
+    sizes = [columns.shape[1] for columns in columns_TC]
+    if has_amx() and rows_TF.dtype.itemsize == 2:
+        columns_CT = workspace.empty(rows_TF, sum(sizes), tokens)
+        for columns, part_CT in zip(columns_TC, columns_CT.split(sizes), strict=True):
+            part_CT.copy_(columns.T)
+        return torch.mm(columns_CT, rows_TF, out=workspace.empty(rows_TF, sum(sizes), features))
+    columns = columns_TC[0] if len(sizes) == 1 else torch.cat([rows_TF[:, :0], *columns_TC], dim=1)
+    if has_amx():
+        return torch.mm(columns.T, rows_TF, out=workspace.empty(rows_TF, sum(sizes), features))
+    return torch.mm(rows_TF.T, columns, out=workspace.empty(rows_TF, features, sum(sizes))).T
 
 
 def gate(s_TGR: Tensor, gates_THE: Tensor | None, groups: int, scaling: float) -> Tensor:
-    """``scaling * gate * s``, multiplied in the gates' precision and rounded once."""
+    """``scaling * gate * s``, multiplied in the gates' precision and rounded once; in the workspace if there are
+    gates."""
     if gates_THE is None:
         return s_TGR * scaling
-    tokens, columns = s_TGR.shape
-    experts = gates_THE.shape[-1]
-    s = s_TGR.view(tokens, groups, experts, columns // (groups * experts))
-    return (s * (gates_THE * scaling).unsqueeze(-1)).to(s_TGR.dtype).view(s_TGR.shape)
+    c_TE, gated = _coefficients(gates_THE, groups, scaling), workspace.empty(s_TGR, *s_TGR.shape)
+    _gate(*_by_expert(c_TE, s_TGR, gated), c_TE[:, :, None])
+    return gated
+
+
+@one_pass(rows=3)
+def _gate(s: Tensor, gated: Tensor, c: Tensor) -> None:
+    gated.copy_(s * c)
 
 
 def gate_backward(
     dgated_TGR: Tensor, s_TGR: Tensor, gates_THE: Tensor | None, groups: int, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ds; the gated shrink again; dgates (T, H, E): per expert the inner product of the gated shrink's gradient with
-    the shrink."""
+    the shrink. The first two in the workspace if there are gates."""
     if gates_THE is None:
         return dgated_TGR * scaling, s_TGR * scaling, dgated_TGR.new_empty(0)
-    tokens, heads, experts = gates_THE.shape
-    c_TE = (gates_THE * scaling).expand(tokens, groups, experts).reshape(tokens, groups * experts)
-    ds, gated, dgates_TE = torch.empty_like(dgated_TGR), torch.empty_like(s_TGR), torch.empty_like(c_TE)
-    shape = (tokens, groups * experts, s_TGR.shape[1] // (groups * experts))
-    _gate_backward(*(t.view(shape) for t in (dgated_TGR, s_TGR, ds, gated)), c_TE[:, :, None], dgates_TE)
-    dgates = dgates_TE.mul_(scaling).view(tokens, groups, experts)
-    return ds, gated, dgates if heads == groups else dgates.sum(1, keepdim=True)
+    c_TE = _coefficients(gates_THE, groups, scaling)
+    ds, gated = (workspace.empty(s_TGR, *s_TGR.shape) for _ in range(2))
+    dgates_TE = torch.empty_like(c_TE)
+    _gate_backward(*_by_expert(c_TE, dgated_TGR, s_TGR, ds, gated), c_TE[:, :, None], dgates_TE)
+    dgates = dgates_TE.mul_(scaling).view(len(c_TE), groups, gates_THE.shape[2])
+    return ds, gated, dgates if gates_THE.shape[1] == groups else dgates.sum(1, keepdim=True)
 
 
 @one_pass(rows=6)
@@ -181,10 +205,28 @@ def _gate_backward(dgated: Tensor, s: Tensor, ds: Tensor, gated: Tensor, c: Tens
     dgates.copy_((dgated.to(c.dtype) * s.to(c.dtype)).sum(-1))
 
 
+def _coefficients(gates_THE: Tensor, groups: int, scaling: float) -> Tensor:
+    """(T, G * E): what the columns of each expert are multiplied by."""
+    tokens, _, experts = gates_THE.shape
+    return (gates_THE * scaling).expand(tokens, groups, experts).reshape(tokens, groups * experts)
+
+
+def _by_expert(c_TE: Tensor, *columns_TGR: Tensor) -> list[Tensor]:
+    """The columns of each expert apart: (T, G * E, r)."""
+    return [columns.view(*c_TE.shape, columns.shape[1] // c_TE.shape[1]) for columns in columns_TGR]
+
+
 def _part(columns_TGR: Tensor, g: int, groups: int) -> Tensor:
     return columns_TGR if groups == 1 else columns_TGR.chunk(groups, dim=1)[g]
 
 
-def scaled(a: Tensor, p: float) -> Tensor:
-    """A, or its gradient, times what dropout's survivors are multiplied by: that is smaller than x by far."""
-    return a * survivor_scale(p) if p else a
+def joined(adapters_RF: list[Tensor], dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """The rows of all of them in ``dtype``, times ``factor`` (what dropout's survivors are multiplied by: adapters are
+    smaller than x by far): in the workspace, or the one there is as it is."""
+    if len(adapters_RF) == 1 and factor == 1:
+        return workspace.cast(adapters_RF[0], dtype)
+    sizes = [len(a) for a in adapters_RF]
+    rows = workspace.empty(adapters_RF[0], sum(sizes), adapters_RF[0].shape[1], dtype=dtype)
+    for part, a in zip(rows.split(sizes), adapters_RF, strict=True):
+        part.copy_(a if factor == 1 else a * factor)
+    return rows

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from molora_kernels import workspace
-from molora_kernels.dropout import Dropout
+from molora_kernels.dropout import Dropout, survivor_scale
 from molora_kernels.grouped_lora import portable
 from molora_kernels.grouped_lora.order import Order, order_of
 from molora_kernels.one_pass import one_pass
@@ -84,7 +84,8 @@ def backward(
     if need_dx:
         dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, workspace.lasting(x_TK, *x_TK.shape), orders=orders)
     if need_dlora:
-        da, _ = to_adapter(x_TK, ds, dropout, lora_a_RK[0].dtype, orders=orders)
+        da = lora_a_RK[0].new_empty(len(lora_a_RK) * len(lora_a_RK[0]), x_TK.shape[1])
+        to_adapter(x_TK, ds, dropout, out=list(da.chunk(len(lora_a_RK))), orders=orders)
     return dx, da, db, dgates
 
 
@@ -134,7 +135,7 @@ def to_input(
     for g, (dy, a_RK, order, ds_VC) in enumerate(zip(dys_TN, lora_a_RK, orders, parts(ds, orders), strict=True)):
         with workspace.scope():
             own_VK = workspace.empty(out, len(ds_VC), out.shape[1]).zero_()
-            expand_(own_VK, ds_VC, portable.scaled(a_RK, dropout.p).to(out.dtype), order)
+            expand_(own_VK, ds_VC, portable.joined([a_RK], out.dtype, survivor_scale(dropout.p)), order)
             dropout.drop_(own_VK, order.tokens)
             if weights_NK and order.by_set:
                 own_VK.addmm_(sorted_rows(dy, order), weights_NK[g])
@@ -150,19 +151,21 @@ def to_adapter(
     x_TK: Tensor,
     ds: Tensor,
     dropout: Dropout,
-    dtype: torch.dtype,
+    out: list[Tensor],
     columns_TC: Tensor | None = None,
     *,
     orders: list[Order],
-) -> tuple[Tensor, Tensor]:
-    """da (G * R, K), and (C, K), the transposed product of x^T with ``columns``, which are others'."""
-    others_CK = portable.over_rows(x_TK, x_TK[:, :0] if columns_TC is None else columns_TC)
-    da = []
-    for order, ds_VC in zip(orders, parts(ds, orders), strict=True):
+) -> Tensor:
+    """da (R, K) of each projection in ``out``. Returns (C, K) in the workspace: the transposed product of x^T with
+    ``columns``, which are others'."""
+    others_CK = portable.over_rows(x_TK, *(() if columns_TC is None else (columns_TC,)))
+    for own, order, ds_VC in zip(out, orders, parts(ds, orders), strict=True):
         with workspace.scope():
             x_VK = dropout.drop_(sorted_rows(x_TK, order), order.tokens)
-            da.append(adapter_grad(x_VK, ds_VC, order, dtype)[0])
-    return portable.scaled(torch.cat(da), dropout.p), others_CK
+            own.copy_(adapter_grad(x_VK, ds_VC, order, own.dtype)[0])
+        if dropout.p:
+            own.mul_(survivor_scale(dropout.p))
+    return others_CK
 
 
 def orders_of(gates_THE: Tensor | None, projections: int, top_k: int) -> list[Order]:
@@ -181,7 +184,7 @@ def adapters(lora_a_RK: Tensor, lora_b_NR: Tensor, dtype: torch.dtype, dropout_p
     """A with the scale of dropout's survivors, and B transposed, in the dtype of the products."""
     b_RN = workspace.empty(lora_b_NR, *lora_b_NR.T.shape, dtype=dtype)
     _transpose(lora_b_NR, b_RN.T)
-    return portable.scaled(lora_a_RK, dropout_p).to(dtype), b_RN
+    return portable.joined([lora_a_RK], dtype, survivor_scale(dropout_p)), b_RN
 
 
 @one_pass(rows=2)
@@ -242,9 +245,10 @@ def adapter_grad(
     grad_ErF = rows_VF.new_zeros(order.total, own // experts, features, dtype=dtype)
     grad_EF = rows_VF.new_zeros(everyone, features, dtype=torch.promote_types(torch.float32, rows_VF.dtype))
     for x, s, chosen in zip(_of_groups(rows_VF, order), _of_groups(columns_VC, order), order.groups, strict=True):
-        grad = portable.over_rows(x, s)
-        grad_ErF.index_add_(0, chosen, grad[:own].to(dtype).unflatten(0, (experts, -1)))
-        grad_EF += grad[own:]
+        with workspace.scope():
+            grad = portable.over_rows(x, s)
+            grad_ErF.index_add_(0, chosen, grad[:own].to(dtype).unflatten(0, (experts, -1)))
+            grad_EF += grad[own:]
     return grad_ErF.flatten(0, 1), grad_EF
 
 

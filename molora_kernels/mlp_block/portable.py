@@ -111,19 +111,17 @@ def backward(
     )
 
     def to_weights(
-        x: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype, dlogits: Tensor | None, orders: dict[str, Any]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        x: Tensor, ds: Tensor, dropout: Dropout, lora_a: list[Tensor], dlogits: Tensor | None, orders: dict[str, Any]
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """da, and the routers' gradients: in one product where that is exact enough."""
         dlogits = dlogits if need_drouter else None
         columns = None if dlogits is None or not need_dlora else router.columns_of(dlogits, x.dtype)
-        da, drouter = x.new_empty(0), []
+        da = [a.new_empty(a.shape) for a in lora_a] if need_dlora else []
         if need_dlora:
-            da, products = lora.to_adapter(x, ds, dropout, dtype, columns, **orders)
+            products = lora.to_adapter(x, ds, dropout, da, columns, **orders)
             if columns is not None and dlogits is not None:
                 return da, router.grads_of_columns(products, dlogits)
-        if dlogits is not None:
-            drouter = router.grads_of(dlogits, x)
-        return da, drouter
+        return da, [] if dlogits is None else router.grads_of(dlogits, x)
 
     dropout = Dropout(dropout_seed, dropout_p, stream=1)
     ds, db_down, dgates_down = lora.to_shrink([dy_TK], lora_b[2:], of_down, s_down, scaling, *needs, **sorted_down)
@@ -135,7 +133,7 @@ def backward(
     routed_down = () if dlogits is None else (dlogits[:, 0], router_weights[2])
     lora.to_input([dy_TK], weights[2:], lora_a[2:], ds, dropout, dh, *routed_down, **sorted_down)
     _swiglu_backward_(dh, h_gate, h_up, h, dh_up)
-    da_down, drouter_down = to_weights(h, ds, dropout, lora_a[2].dtype, dlogits, sorted_down)
+    da_down, drouter_down = to_weights(h, ds, dropout, lora_a[2:], dlogits, sorted_down)
 
     dropout, dh_in = dropout._replace(stream=0), [dh, dh_up]
     ds, db_in, dgates_in = lora.to_shrink(dh_in, lora_b[:2], gates_in, s_in, scaling, *needs, **sorted_in)
@@ -150,10 +148,9 @@ def backward(
         dx = workspace.lasting(x_TK, *x_TK.shape)
         routed_in = () if dlogits is None else (dlogits.flatten(1), torch.cat(router_weights[:2]))
         lora.to_input(dh_in, weights[:2], lora_a[:2], ds, dropout, dx, *routed_in, **sorted_in)
-    da_in, drouter_in = to_weights(x_TK, ds, dropout, lora_a[0].dtype, dlogits, sorted_in)
-    da = [*(part.clone() for part in da_in.chunk(2)), da_down] if need_dlora else []
+    da_in, drouter_in = to_weights(x_TK, ds, dropout, lora_a[:2], dlogits, sorted_in)
     dweights, dbiases = zip(*drouter_in, *drouter_down, strict=True) if need_drouter else ([], [])
-    return dx, da, [*db_in, *db_down], list(dweights), list(dbiases)
+    return dx, [*da_in, *da_down], [*db_in, *db_down], list(dweights), list(dbiases)
 
 
 @one_pass(rows=3)

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from molora_kernels import workspace
-from molora_kernels.dropout import Dropout
-from molora_kernels.grouped_lora import portable as dense
+from molora_kernels.dropout import Dropout, survivor_scale
 from molora_kernels.grouped_lora import portable_grouped as lora
 from molora_kernels.grouped_lora.order import Order, order_of
 from molora_kernels.one_pass import one_pass
@@ -140,7 +139,8 @@ def backward(
             da[i], products_CK = lora.adapter_grad(
                 x_VK, own, orders[i], lora_a[i].dtype, 0 if columns is None else columns.shape[1]
             )
-            da[i] = dense.scaled(da[i], dropout_p)
+            if dropout.p:
+                da[i].mul_(survivor_scale(dropout.p))
             if columns is not None and dlogits is not None:
                 drouter[i] = router.grads_of_columns(products_CK, dlogits)[0]
 
