@@ -48,8 +48,9 @@ def attach(model: nn.Module, state: State) -> None:
 
 def _contiguous(_head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """For a product with a frozen matrix and a slice of the hidden states, which is what generation asks for after a
-    prompt, torch copies the matrix once for each row of the batch, unless the slice is contiguous."""
-    return tuple(x.contiguous() for x in args)
+    prompt, torch copies the matrix once for each row of the batch, unless the slice is contiguous: in its strides too,
+    which of one row and one token count as contiguous whatever they are, and which a view makes anew."""
+    return tuple(x.contiguous().view(x.shape) for x in args)
 
 
 def save_adapter_alone(model: nn.Module) -> None:

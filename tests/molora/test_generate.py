@@ -78,13 +78,14 @@ def test_the_models_own_defaults_do_not_bend_it(
     assert generate.generate_tokens(model, chat_tokenizer, given, 12, 8) == before
 
 
-def test_the_head_is_not_copied_for_each_row_of_the_batch(model: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_head_is_not_copied_for_each_row_of_the_batch(model: LlamaForCausalLM, rows: int) -> None:
     molora.inject(model, {"lora_r": 2})
     with torch.profiler.profile(record_shapes=True) as profile, torch.no_grad():
-        model(torch.tensor([[1, 2, 3], [4, 5, 6]]), logits_to_keep=1)  # what generate asks for after a prompt
+        model(torch.tensor([[1, 2, 3]] * rows), logits_to_keep=1)  # what generate asks for after a prompt
     shapes = [shape for event in profile.events() or () for shape in event.input_shapes or ()]
     hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
-    assert [hidden, vocabulary] in shapes and [2, hidden, vocabulary] not in shapes
+    assert [hidden, vocabulary] in shapes and [rows, hidden, vocabulary] not in shapes
     molora.remove(model)
     assert not model.get_output_embeddings()._forward_pre_hooks
 
