@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from molora.layers import LoraLinear, Router
     from molora.routing import Ledger
 
-MOST_TOKENS = 16
+MOST_TOKENS = 64
 """Above it the arithmetic counts for more than what is saved here."""
 
 SMALL = 1 << 16
