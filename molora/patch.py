@@ -14,7 +14,7 @@ from molora import hooks
 from molora.config import Config, Group, Injection, MoE, check
 from molora.errors import UserError
 from molora.families import Family, family_of
-from molora.layers import LoraLinear, LoraMLP, Router, SharedInput, is_dense
+from molora.layers import ExpertMLPs, LoraLinear, LoraMLP, Router, SharedInput, is_dense
 from molora.routing import Ledger
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -263,7 +263,8 @@ def _patch_mlp(state: State, family: Family, layer_path: str, layer: nn.Module, 
     assert family.swiglu is not None
     routed = state.injection.strategy == "mixture_lora"
     shared = _router(state, projections[0].base) if routed and state.moe.router_scope == "mlp" else None
-    mlp = LoraMLP(family.swiglu, projections, shared)
+    kind = ExpertMLPs if routed and state.moe.expert_scope == "mlp" else LoraMLP
+    mlp = kind(family.swiglu, projections, shared)
     path = f"{layer_path}.{family.mlp}"
     owners = [path] if shared is not None else [f"{path}.{name}" for name in family.swiglu]
     _register(state, mlp, owners, mlp.routers())
