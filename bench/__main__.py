@@ -13,6 +13,7 @@ import sys
 COMMANDS = {
     "mlp": "bench.mlp",
     "op": "bench.op",
+    "expand": "bench.expand",
     "step": "bench.step",
     "sweep": "bench.sweep",
     "all": "bench.all",

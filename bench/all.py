@@ -32,6 +32,7 @@ def commands(device: str) -> Iterator[tuple[str, list[str]]]:
         yield "decode-cpu-bf16", ["decode", "--model", "data/quickstart/model", "--batch", "1", "8"]
         for dtype in ("fp32", "bf16"):
             yield f"op-cpu-{dtype}", ["op", "--dtype", dtype, "--rounds", "7"]
+            yield f"expand-cpu-{dtype}", ["expand", "--dtype", dtype]
         for dtype in ("fp32", "bf16"):
             yield f"sweep-cpu-{dtype}-tokens", ["sweep", "--over", "tokens", "--dtype", dtype, "--rounds", "5"]
         for over in ("experts", "rank", "top_k", "layers"):
@@ -49,6 +50,7 @@ def commands(device: str) -> Iterator[tuple[str, list[str]]]:
         ["mlp", *block, "--tokens", "8192", "--dropout", "0.05", "--only", *WITHOUT_COMPILING],
     )
     yield "op-cuda-bf16", ["op", *block, "--tokens", "8192"]
+    yield "expand-cuda-bf16", ["expand", "--device", "cuda", "--dtype", "bf16", "--tokens", "8192"]
     for stage, rows, length in (("stage1", 10, 512), ("stage2", 8, 1024)):
         size = ["--rows", str(rows), "--length", str(length), "--rounds", "5", "--warmup", "2"]
         for kind in ("none", "non_reentrant"):

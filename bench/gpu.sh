@@ -74,7 +74,7 @@ tests() {
 # --- benchmarks; the names are those of bench/results ----------------------------------------------------------------
 
 main=(mlp-cuda-bf16 step-cuda-bf16-stage2 sweep-cuda-bf16-experts sweep-cuda-bf16-tokens mlp-cuda-bf16-dropout
-  op-cuda-bf16)
+  expand-cuda-bf16 op-cuda-bf16)
 measure() { # measure NAME SECONDS COMMAND ARGUMENTS…
   local name=$1 most=$2
   shift 2
@@ -94,6 +94,7 @@ bench() {
     --only "${forms[@]}" "PEFT LoRA r=128"
   measure mlp-cuda-bf16-dropout 60 mlp "${shapes[@]}" --tokens 8192 --dropout 0.05 \
     --only molora "molora grouped" "PEFT LoRA r=64"
+  measure expand-cuda-bf16 40 expand --device cuda --dtype bf16 --tokens 8192
   measure op-cuda-bf16 75 op "${shapes[@]}" --tokens 8192
   measure step-cuda-bf16-stage1 75 step "${model[@]}" --rows 10 --length 512 --checkpointing none \
     --only molora "PEFT LoRA r=64"
