@@ -57,7 +57,10 @@ def put_on(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         "attn_lora": {"enabled": bool(plain), "keywords": plain or ["q_proj"]},
     }
     if shape["top_k"] == 1:
-        raise UserError(f"{folder}: top_k is 1; EulerForge then weighs the expert by 1, molora by its probability")
+        raise UserError(
+            f"{folder}: top_k is 1; EulerForge then weighs the expert by 1, molora by its probability, so no router of "
+            "molora's gives the same model; a run with top_k of 2 or more can be imported"
+        )
     inject(model, check(Injection, shape, where=str(folder)))
     _load(model, saved, folder)
     return model
