@@ -224,6 +224,25 @@ def test_trl_adds_the_router_losses_and_logs_them(model, chat_tokenizer, tmp_pat
     assert_same_gradient(model, expected)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_loop_of_accelerate_saves_the_adapter_only(tiny_model_dir, batch, tmp_path, monkeypatch):
+    accelerate = pytest.importorskip("accelerate")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    ids, mask = batch
+    model = molora.inject(AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32), {"lora_r": 4})
+    accelerator = accelerate.Accelerator()
+    optimizer = torch.optim.SGD(adapters(model), lr=0.1)
+    model, optimizer = accelerator.prepare(model.train(), optimizer)
+    accelerator.backward(model(input_ids=ids, attention_mask=mask, labels=labels_of(ids, mask)).loss)
+    optimizer.step()
+
+    unwrapped = accelerator.unwrap_model(model)
+    unwrapped.save_pretrained(tmp_path / "out", state_dict=accelerator.get_state_dict(model))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter.safetensors", "molora.json"}
+    again, _ = molora.load(tmp_path / "out", device="cpu", precision="fp32")
+    assert torch.equal(again(ids).logits, unwrapped.eval()(ids).logits)
+
+
 def test_save_pretrained_writes_the_adapter_and_is_the_models_own_again_after_remove(tiny_model_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     before = [p.clone() for p in model.parameters()]

@@ -165,3 +165,31 @@ def test_transformers_trainer_resumes_it(base, tiny_model_dir, tmp_path):
     run(2, "parts", resume=False)
     parts = run(4, "parts", resume=True)
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_makes_it_of_an_unpatched_model_and_saves_the_adapter_only(base, tiny_model_dir, chat_tokenizer, tmp_path):
+    trl = pytest.importorskip("trl")
+    rows = pytest.importorskip("datasets").Dataset.from_list([{"text": "one two three"}, {"text": "four five"}])
+    arguments = trl.SFTConfig(
+        str(tmp_path / "sft"), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, max_steps=2,
+        learning_rate=1e-2, gradient_checkpointing=True, logging_steps=1,
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        base, arguments, train_dataset=rows, processing_class=chat_tokenizer,
+        peft_config=MoloraConfig(injection=INJECTION),
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    trainer.save_model()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert all(log["aux_loss"] > 0 for log in trainer.state.log_history if "loss" in log)
+
+    for folder in (tmp_path / "sft", tmp_path / "sft" / "checkpoint-2"):
+        saved = {path.name for path in folder.iterdir()}
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= saved
+        assert not saved & {"model.safetensors", "config.json"}
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "sft")
+    assert torch.equal(logits(model), logits(trainer.model))
