@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import find_adapter_config_file
 
 from molora.config import Config, Injection, LoadPrecision, Model, MoE, check
 from molora.errors import UserError
@@ -160,12 +161,25 @@ def _opening(name: str, config: Model) -> Iterator[dict[str, Any]]:
         raise UserError(f"model_name: no folder {name!r} here")
     try:
         yield {"local_files_only": local, "trust_remote_code": config.trust_remote_code}
-    except (OSError, ValueError, SafetensorError, ImportError) as error:
+    except (OSError, ValueError, SafetensorError, ImportError, KeyError) as error:
+        if _is_of_peft(name):
+            raise UserError(
+                f"model_name: {name!r} is an adapter that PEFT saved; open it with PeftModel.from_pretrained(base, "
+                f"{name!r}) or AutoPeftModelForCausalLM.from_pretrained({name!r}) of peft, after import molora.peft"
+            ) from error
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"model_name: {name!r} cannot be loaded as a causal language model ({reason}); give a folder with "
             "config.json, safetensors weights and tokenizer, or the name of a model on the Hugging Face hub"
         ) from error
+
+
+def _is_of_peft(name: str) -> bool:
+    """Whether the folder or hub repository has an adapter that PEFT saved."""
+    try:
+        return find_adapter_config_file(name) is not None
+    except OSError:  # no such repository
+        return False
 
 
 def quantisation(precision: LoadPrecision, device: torch.device) -> dict[str, Any]:

@@ -11,8 +11,10 @@ Saved tensors have the names of molora's own ``adapter.safetensors``, after PEFT
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
+from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
@@ -25,6 +27,17 @@ from molora.errors import UserError
 from molora.patch import State, inject
 
 _NAME = "molora"
+_ON_CARD = """Routed LoRA experts of `molora`. Install it (`pip install molora[peft]`) and import `molora.peft` before
+PEFT opens the adapter; without it PEFT ends with `KeyError: 'MOLORA'`.
+
+```python
+import molora.peft
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER_OR_REPOSITORY")
+```
+
+"""
 
 
 def _register() -> None:
@@ -53,6 +66,19 @@ class MoloraConfig(PeftConfig):
         self.task_type = self.task_type or "CAUSAL_LM"
         self.injection = check(Injection, self.injection, where="injection").model_dump()
         self.moe = check(MoE, self.moe, where="moe").model_dump()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """What PEFT writes, and on the model card that it has just written how to open the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        # An adapter with a name of its own lies in a folder below the card.
+        path = next((p for p in (folder / "README.md", folder.parent / "README.md") if p.is_file()), None)
+        if path is None:
+            return
+        card: Any = ModelCard.load(path, ignore_metadata_errors=True)
+        if card.data.library_name == "peft" and "import molora.peft" not in card.text:
+            card.text = f"\n{_ON_CARD}{card.text.lstrip()}"
+            card.save(path)
 
 
 class MoloraLayer(nn.Module, BaseTunerLayer):

@@ -87,6 +87,35 @@ def test_saved_and_loaded_with_the_tensors_of_moloras_own_file(base, tiny_model_
         peft.set_peft_model_state_dict(again, torn)
 
 
+def test_molora_load_names_the_way_to_open_what_peft_saved(base, chat_tokenizer, tmp_path):
+    peft.get_peft_model(base, MoloraConfig(injection=INJECTION)).save_pretrained(tmp_path)
+    said = r"adapter that PEFT saved.*PeftModel\.from_pretrained.*AutoPeftModelForCausalLM.*import molora\.peft"
+    with pytest.raises(molora.UserError, match=said):
+        molora.load(tmp_path)
+    chat_tokenizer.save_pretrained(tmp_path)  # transformers opens adapters of PEFT, but not this one
+    with pytest.raises(molora.UserError, match=said):
+        molora.load(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace("MOLORA", "NOT_IMPORTED"))  # as it is before the import
+    with pytest.raises(molora.UserError, match=said):
+        molora.load(tmp_path)
+
+
+def test_the_model_card_says_what_to_import(base, tmp_path):
+    model = peft.get_peft_model(base, MoloraConfig(injection=INJECTION))
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "one")
+    model.add_adapter("named", MoloraConfig(injection=INJECTION))
+    model.save_pretrained(tmp_path / "several", selected_adapters=["named"])
+    for folder in ("one", "several"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert card.count("import molora.peft") == 1 and "library_name: peft" in card
+
+    (tmp_path / "README.md").write_text("# Somebody's own\n")
+    model.peft_config["named"].save_pretrained(str(tmp_path / "config"))
+    assert (tmp_path / "README.md").read_text() == "# Somebody's own\n"
+
+
 def test_several_adapters_switch_and_leave_one_another_alone(base, tmp_path):
     plain = logits(base)
     model = peft.get_peft_model(base, MoloraConfig(injection=INJECTION), adapter_name="one")
