@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -49,16 +50,16 @@ _SHAPE_KEYS = (
 def build(config: Config) -> tuple[PreTrainedModel, Any]:
     """The model that training starts from: base, adapters, and the weights of the stage before if there was one.
 
-    ``config.model_name`` names a base model (folder or hub name) or an adapter folder. Returns (model, tokenizer).
+    ``config.model_name`` names a base model or an adapter, a folder or on the hub. Returns (model, tokenizer).
 
     Raises:
         UserError: nothing by that name, a backbone of another kind, or an adapter of another shape or base.
     """
     if config.model_name is None:
         raise UserError("model_name is missing: --set model_name=FOLDER (a model, or the final/ folder of a stage)")
-    folder = Path(config.model_name)
     device = pick_device(config.device)
-    if not is_adapter(folder):
+    folder = find_adapter(config.model_name)
+    if folder is None:
         model, tokenizer = load_base(config.model_name, config.model, device)
         _check_backbone(config, model)
         return inject(model, config), tokenizer
@@ -72,19 +73,19 @@ def build(config: Config) -> tuple[PreTrainedModel, Any]:
 
 
 def load(name: str | Path, device: str = "auto", precision: str = "auto") -> tuple[PreTrainedModel, Any]:
-    """A base model, or the model of an adapter folder, in evaluation mode. Returns (model, tokenizer).
+    """A base model, or the model of an adapter, in evaluation mode. Returns (model, tokenizer).
 
     Args:
-        name: adapter folder (such as a stage's ``final``), model folder, or hub name.
+        name: adapter folder (such as a stage's ``final``), model folder, or the hub name of an adapter or a model.
         device: as the configuration's ``device``.
         precision: as ``model.load_precision.mode``.
 
     Raises:
         UserError: as :func:`build`; also for truncated or corrupt adapter files.
     """
-    folder = Path(name)
     model_config = check(Model, {"load_precision": {"mode": precision}})
-    if not is_adapter(folder):
+    folder = find_adapter(name)
+    if folder is None:
         model, tokenizer = load_base(str(name), model_config, pick_device(device))
         return model.eval(), tokenizer
     manifest = read_manifest(folder)
@@ -142,22 +143,22 @@ def describe_base(config: Config) -> tuple[PreTrainedConfig, Any]:
     """Shape and tokenizer of the base that :func:`build` would load, without its weights. Raises as :func:`build`."""
     if config.model_name is None:
         raise UserError("model_name is missing: --set model_name=FOLDER (a model, or the final/ folder of a stage)")
-    folder, name = Path(config.model_name), config.model_name
-    if is_adapter(folder):
+    folder, name = find_adapter(config.model_name), config.model_name
+    if folder is not None:
         manifest = read_manifest(folder)
         _check_same_shape(folder, manifest, config)
         name = locate_base(folder, manifest)
     with _opening(name, config.model) as source:
         base = AutoConfig.from_pretrained(name, **source)
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
-    return base, (_tokenizer(folder) if is_adapter(folder) else None) or tokenizer
+    return base, (_tokenizer(folder) if folder is not None else None) or tokenizer
 
 
 @contextmanager
 def _opening(name: str, config: Model) -> Iterator[dict[str, Any]]:
     """What transformers is told about where a base comes from; its errors become one that the user can mend."""
     local = Path(name).is_dir()
-    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1 or not name):
+    if not local and not _is_hub_name(name):
         raise UserError(f"model_name: no folder {name!r} here")
     try:
         yield {"local_files_only": local, "trust_remote_code": config.trust_remote_code}
@@ -251,6 +252,37 @@ def base_fingerprint(model: nn.Module) -> str | None:
 def is_adapter(folder: Path) -> bool:
     """Whether ``folder`` is (or claims to be) an adapter folder."""
     return (folder / MANIFEST).is_file() or (folder / WEIGHTS).is_file()
+
+
+def find_adapter(name: str | Path) -> Path | None:
+    """The folder of the adapter that ``name`` is: itself, or that of a hub repository with a manifest, which is fetched
+    whole to the hub's cache. None for anything else, such as a base model.
+
+    Raises:
+        UserError: an adapter on the hub of which not every file can be had.
+    """
+    if is_adapter(Path(name)):
+        return Path(name)
+    name = str(name)
+    if not _is_hub_name(name):
+        return None
+    try:
+        hf_hub_download(name, MANIFEST)
+    except (OSError, ValueError):  # no such file, repository or name, or no network: opened as a base it says which
+        return None
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # transport errors have no common base across versions of the hub's client
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{name}: the Hugging Face hub has this adapter, but its files cannot be had ({reason}); try again with a "
+            "network and without HF_HUB_OFFLINE, or give a folder that has them"
+        ) from error
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether the hub is asked for it: it is not written as a path, and nothing here has that name."""
+    return bool(name) and not name.startswith((".", "/", "~")) and name.count("/") <= 1 and not Path(name).exists()
 
 
 def save_adapter(model: nn.Module, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> Path:
@@ -420,7 +452,8 @@ def locate_base(folder: Path, manifest: dict[str, Any]) -> str:
         name = str((folder / name).resolve())
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise UserError(
-            f"{folder / MANIFEST}: its base model {name!r} is gone; put it back or edit base_model to where it is now"
+            f"{folder / MANIFEST}: its base model {name!r} is gone; put it back or edit base_model to where it is now, "
+            "a folder or a hub name"
         )
     return name
 

@@ -256,7 +256,7 @@ class Config(Section):
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``, …"""
     model_name: str | None = None
-    """Model folder, hub name, or the ``final`` folder of an earlier stage."""
+    """A base model, or an adapter such as the ``final`` folder of an earlier stage; a folder or a hub name."""
     model: Model = Model()
     injection: Injection = Injection()
     moe: MoE = MoE()

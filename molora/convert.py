@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from molora import cli, eulerforge, export, merge, mixlora
-from molora.adapter import is_adapter, load, read_manifest, save_adapter
+from molora.adapter import find_adapter, load, read_manifest, save_adapter
 from molora.data import read_rows
 from molora.errors import UserError
 from molora.evaluate import evaluate
@@ -25,7 +25,6 @@ from molora.files import replacing
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ``arguments`` default to the process's own. Raises :class:`UserError` for bad input."""
     options = _parse(arguments)
-    _check_out(options)
     options.run(options)
 
 
@@ -79,6 +78,7 @@ def run_merge(options: argparse.Namespace) -> None:
 
 def run_import(options: argparse.Namespace) -> None:
     """Write an adapter that EulerForge or MoE-PEFT trained as an adapter folder."""
+    _check_out(options, Path(options.adapter), Path(options.base))
     model, tokenizer = load(options.base, options.device, options.precision)
     folder = Path(options.adapter)
     (mixlora if mixlora.recognises(folder) else eulerforge).put_on(model, folder)
@@ -88,7 +88,18 @@ def run_import(options: argparse.Namespace) -> None:
     print(f"{options.out}: opens with molora.load")
 
 
-def _check_out(options: argparse.Namespace) -> None:
+def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
+    folder = find_adapter(options.adapter)
+    if folder is None:
+        raise UserError(
+            f"{options.adapter}: no adapter folder (adapter.safetensors and molora.json), and none that can be fetched "
+            "from the Hugging Face hub; give a stage's final/, or a hub name"
+        )
+    _check_out(options, folder, folder / read_manifest(folder)["base_model"])
+    return load(folder, options.device, options.precision)
+
+
+def _check_out(options: argparse.Namespace, *read: Path) -> None:
     """Refuse to write over what was not asked for: other things than a model, and what is read."""
     out: Path = options.out
     if out.exists() and not options.overwrite:
@@ -98,18 +109,9 @@ def _check_out(options: argparse.Namespace) -> None:
         raise UserError(
             f"{out}: is no folder of a model or adapter, so --overwrite does not replace it; choose another"
         )
-    read = [Path(options.adapter), Path(getattr(options, "base", options.adapter))]
-    if is_adapter(read[0]):
-        read.append(read[0] / read_manifest(read[0])["base_model"])
     for path in read:
         if path.exists() and out.resolve() in (path.resolve(), *path.resolve().parents):
             raise UserError(f"{out}: {path} is read from there; choose another folder")
-
-
-def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
-    if not is_adapter(Path(options.adapter)):
-        raise UserError(f"{options.adapter}: no adapter folder (adapter.safetensors and molora.json)")
-    return load(options.adapter, options.device, options.precision)
 
 
 def _without_answer(row: Any) -> Any:
@@ -145,7 +147,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("adapter", help="folder to read, such as a stage's final/")
+    command.add_argument("adapter", help="folder to read, such as a stage's final/; export and merge: or a hub name")
     command.add_argument("out", type=Path, help="folder to write")
     command.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import molora
 from molora import chat, cli, harness, provenance, routing
-from molora.adapter import describe_base, is_adapter, load, locate_base, pick_device, pick_dtype, read_manifest
+from molora.adapter import describe_base, find_adapter, load, locate_base, pick_device, pick_dtype, read_manifest
 from molora.answers import check_gold, is_correct
 from molora.config import Config, LoadPrecision
 from molora.config import Data as DataConfig
@@ -77,7 +77,8 @@ def fingerprint(name: str | Path) -> dict[str, Any]:
     """What decides what a model reads and says: SHA-256 of the files in its folder, or the commit of a hub model; for
     an adapter those of its base, too. Raises :class:`UserError` for a model that is not there.
     """
-    folder = Path(name)
+    adapter = find_adapter(name)
+    folder = adapter or Path(name)
     if not folder.is_dir():
         base, _ = describe_base(Config(model_name=str(name)))
         return {"hub": str(name), "commit": getattr(base, "_commit_hash", None)}
@@ -87,8 +88,8 @@ def fingerprint(name: str | Path) -> dict[str, Any]:
     patterns = (*(f"*.{name}" for name in names), "additional_chat_templates/*.jinja")
     paths = sorted(path for pattern in patterns for path in folder.glob(pattern))
     found: dict[str, Any] = {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
-    if is_adapter(folder):
-        found["base"] = fingerprint(locate_base(folder, read_manifest(folder)))
+    if adapter is not None:
+        found["base"] = fingerprint(locate_base(adapter, read_manifest(adapter)))
     return found
 
 
@@ -394,10 +395,10 @@ def _resolve(name: str, names: Sequence[str]) -> str:
     """The folder or hub name that ``--model name`` means: ``base`` is the base model of the first adapter folder."""
     if name != "base" or Path(name).exists():
         return name
-    adapters = [Path(other) for other in names if is_adapter(Path(other))]
-    if not adapters:
-        raise UserError("--model base: the base of what? give an adapter folder as another --model, or name the base")
-    return str(read_manifest(adapters[0])["base_model"])
+    adapter = next((folder for other in names if other != name and (folder := find_adapter(other))), None)
+    if adapter is None:
+        raise UserError("--model base: the base of what? give an adapter as another --model, or name the base")
+    return locate_base(adapter, read_manifest(adapter))
 
 
 def _harness(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests import fake_hub
 
 # How often property tests try; `pytest --hypothesis-profile=thorough` once before a release.
 settings.register_profile("default", max_examples=150, deadline=None)
@@ -117,6 +122,23 @@ def tiny_model_dir(
         LlamaForCausalLM(tiny_config).save_pretrained(folder)
     chat_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_hub.Hub]:
+    """An empty hub on this machine, for the real clients; and an empty cache of what they fetch."""
+    constants = huggingface_hub.constants
+    with fake_hub.serving() as hub:
+        # Read from the environment when the library is imported, and from there by what is made at import.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        yield hub
 
 
 @pytest.fixture

@@ -54,6 +54,7 @@ def commands() -> list:
 
 @pytest.mark.parametrize("program", programs())
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("hub")
 def test_python_blocks_run(program: str, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("accelerate", "datasets", "math_verify", "peft", "trl"):
         if (

@@ -37,8 +37,8 @@ SHOWN_ROWS, SHOWN_TOKENS = 2, 120
 
 def add_command(commands: Any) -> None:
     parser = commands.add_parser("routing", help="did the experts specialise?", description=__doc__)
-    parser.add_argument("--model", action="append", required=True, metavar="DIR",
-                        help="a stage's final/ folder; repeatable: stages of one shape, in order")  # fmt: skip
+    parser.add_argument("--model", action="append", required=True, metavar="DIR|HUB",
+                        help="a stage's final/, or hub name; repeatable: stages of one shape, in order")  # fmt: skip
     parser.add_argument("--data", action="append", required=True, metavar="DOMAIN=FILE",
                         help="JSONL rows of a domain; repeatable")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("outputs/report"), metavar="DIR", help="default: %(default)s")
