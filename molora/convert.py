@@ -78,10 +78,10 @@ def run_merge(options: argparse.Namespace) -> None:
 
 def run_import(options: argparse.Namespace) -> None:
     """Write an adapter that EulerForge or MoE-PEFT trained as an adapter folder."""
-    _check_out(options, Path(options.adapter), Path(options.base))
+    given = Path(options.adapter)
+    _check_out(options, given, Path(options.base))
     model, tokenizer = load(options.base, options.device, options.precision)
-    folder = Path(options.adapter)
-    (mixlora if mixlora.recognises(folder) else eulerforge).put_on(model, folder)
+    (mixlora if mixlora.recognises(given) else eulerforge).put_on(model, given)
     with replacing(options.out) as folder:
         save_adapter(model, folder)
         tokenizer.save_pretrained(folder)
