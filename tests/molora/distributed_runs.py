@@ -3,10 +3,11 @@
     torchrun --nproc-per-node 2 -m tests.molora.distributed_runs FOLDER
 
 ``FOLDER/runs.json`` maps the name of a run, whose output is FOLDER/<name>, to arguments of ``molora.train`` and, where
-it goes on from the second step of another run, that run's folder. In a run whose name has the word
+it goes on from the second step of another run, that run's folder. In a run whose name has the words
 
 - ``spoilt``, the second process has a gradient that is not finite in the second step, and a loss that is;
-- ``uncached``, no process tokenises rows before all have come to it.
+- ``uncached``, no process tokenises rows before all have come to it;
+- ``rank N killed``, that process is, in the third step.
 
 Each process writes the dropout seeds of each step to FOLDER/<name>.<rank>.json.
 """
@@ -14,7 +15,9 @@ Each process writes the dropout seeds of each step to FOLDER/<name>.<rank>.json.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +28,7 @@ import pytest
 import torch
 
 import molora_kernels
-from molora import config, data, distributed, train
+from molora import cli, config, data, distributed, train
 from molora.trainer import Trainer
 
 Seeds = dict[int, list[int]]
@@ -67,12 +70,24 @@ def spoil(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Trainer, "_forward", spoilt)
 
 
+def kill(patch: pytest.MonkeyPatch) -> None:
+    """As Linux does where memory is short. All are in the third step by then, so the second's checkpoint is whole."""
+    forward = Trainer._forward
+
+    def killed(trainer: Trainer, *given: Any) -> Any:
+        if trainer.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward(trainer, *given)
+
+    patch.setattr(Trainer, "_forward", killed)
+
+
 def meet(patch: pytest.MonkeyPatch, folder: Path, world: distributed.World) -> None:
     encode_rows: Callable[..., Any] = data.encode_rows
 
     def encode(*given: Any, **named: Any) -> Any:
         (folder / f"came.{world.rank}").touch()
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while len(list(folder.glob("came.*"))) < world.size:
             assert time.monotonic() < until, "the other processes wait for this one to tokenise"
             time.sleep(0.01)
@@ -93,6 +108,8 @@ def main() -> None:
                 seeds = note_seeds(patch)
                 if "spoilt" in name:
                     spoil(patch)
+                if f"rank {world.rank} killed" in name:
+                    kill(patch)
                 if "uncached" in name:
                     meet(patch, folder, world)
                 train.run(settings, options, world)
@@ -100,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

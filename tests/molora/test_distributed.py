@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -62,12 +62,29 @@ def alone(*given: str) -> None:
     assert exit_.value.code == 0
 
 
-def start(program: str, *given: str) -> subprocess.Popen[str]:
+LONGEST = 900
+"""Seconds that two processes may take. A minute is much; but where others load the machine it may come to several, and
+only what hangs is to fail."""
+
+
+def in_two_processes(program: str, *given: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of ``program`` under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", program]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    with subprocess.Popen(
         [*command, *given], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=LONGEST)
+        finally:
+            process.terminate()  # where it hangs, and with it what it started
+    return process.returncode, out, err
+
+
+def run_all(folder: Path, runs: dict[str, tuple[list[str], str | None]]) -> tuple[int, str, str]:
+    """The same of ``runs``, one after the other, as tests/molora/distributed_runs.py takes them."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    return in_two_processes("tests.molora.distributed_runs", str(folder))
 
 
 def numbers(output: Path, *names: str) -> torch.Tensor:
@@ -156,9 +173,8 @@ def two_processes(
         source = sources.get(name)
         given = arguments(tiny_model_dir, rows, folder / name, *more)
         runs[name] = ([*given, "--resume"], str(source)) if source else (given, None)
-    (folder / "runs.json").write_text(json.dumps(runs))
-    out, err = (process := start("tests.molora.distributed_runs", str(folder))).communicate(timeout=240)
-    assert process.returncode == 0, err
+    code, out, err = run_all(folder, runs)
+    assert code == 0, err
     assert out.count("finished:") == len(RUNS)
     assert out.count("phase from step 2") == len(RUNS)
     return folder
@@ -262,6 +278,11 @@ def test_no_row_is_seen_twice_and_none_is_left_out() -> None:
         parts = [list(data.RunOrder(10, 0, 8, 48, rank, processes)) for rank in range(processes)]
         assert [len(part) for part in parts] == [40 // processes] * processes
         assert [part[i] for i in range(40 // processes) for part in parts] == whole
+        epochs: dict[int, list[int]] = {epoch: [] for epoch in range(5)}
+        for rank, part in enumerate(parts):
+            for i, row in enumerate(part):
+                epochs[(8 + i * processes + rank) // 10].append(row)
+        assert [sorted(epochs[epoch]) for epoch in (1, 2, 3)] == 3 * [list(range(10))]  # those that are whole
 
 
 def test_another_number_of_rows_a_step_is_refused(
@@ -279,41 +300,28 @@ def test_another_number_of_rows_a_step_is_refused(
     assert "a step was of 8 rows" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "parallel"), [(0, "ddp"), (1, "fsdp")])
 def test_a_killed_process_ends_the_run_with_a_checkpoint_to_go_on_from(
-    tiny_model_dir: Path, rows: Path, tmp_path: Path
+    rank: int, parallel: str, two_processes: Path, tiny_model_dir: Path, rows: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "run"
-    given = arguments(tiny_model_dir, rows, output, "training.batch_size=4", "training.max_train_steps=400")
-    process = start("molora.train", *given)
-    until = time.monotonic() + 120
-    while not (output / "checkpoint-2").exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in children}
-    [victim] = [int(pid) for pid, found in environments.items() if b"LOCAL_RANK=1" in found.split(b"\0")]
-    os.kill(victim, signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert re.search(r"error: (rank 0: another process of this run is gone|stopped, because another process)", err)
+    given = arguments(tiny_model_dir, rows, output := tmp_path / "run", *RUNS[f"plain {parallel}"])
+    code, _, err = run_all(tmp_path, {f"rank {rank} killed": (given, None)})
+    assert code != 0
+    left = "rank 1: " if rank == 0 else "(rank 0: )?"
+    assert re.search(f"error: {left}(another process of this run is gone|stopped, because another process)", err), err
     assert "--resume" in err
     assert not (output / "final").exists()
-    newest = max(int(path.name.partition("-")[2]) for path in output.glob("checkpoint-[0-9]*"))
-    again = start("molora.train", *given, "--resume")
-    while (
-        not (output / f"checkpoint-{newest + 2}").exists() and again.poll() is None and time.monotonic() < until + 120
-    ):
-        time.sleep(0.02)
-    again.terminate()
-    again.communicate(timeout=60)
-    assert (output / f"checkpoint-{newest + 2}").exists()
+    code, out, err = run_all(tmp_path, {"goes on": ([*given, "--resume"], None)})
+    assert code == 0, err
+    assert "goes on from checkpoint-2" in out
+    assert not distance(two_processes / f"plain {parallel}", output).any()
 
 
 def test_bad_input_is_told_once(tiny_model_dir: Path, rows: Path, tmp_path: Path) -> None:
-    process = start("molora.train", *arguments(tiny_model_dir, rows, tmp_path / "run", FSDP, "model.compile=true"))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert err.count("model.compile and training.parallel: fsdp do not go together") == 1
+    given = arguments(tiny_model_dir, rows, tmp_path / "run", FSDP, "model.compile=true")
+    code, _, err = in_two_processes("molora.train", *given)
+    assert code != 0
+    assert err.count("model.compile and training.parallel: fsdp do not go together") == 1, err
 
 
 @pytest.mark.parametrize(
@@ -333,6 +341,18 @@ def test_what_several_processes_cannot_do_is_refused(
         train.check_inputs(settings, tmp_path / "run", processes=2)
     if settings.device == "auto":
         train.check_inputs(settings, tmp_path / "run")  # one process can
+
+
+@pytest.fixture
+def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process is the only one that torchrun started, until the test is over."""
+    given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in (given | {"TORCHELASTIC_RUN_ID": "1"}).items():
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+    dist.destroy_process_group()
 
 
 NCCL = """NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO), NCCL version 2.27.5
@@ -356,14 +376,7 @@ frame #0: c10::Error"""
         ),
     ],
 )
-def test_what_broke_between_the_processes_is_told(error: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    for name, value in (given | {"TORCHELASTIC_RUN_ID": "1"}).items():
-        monkeypatch.setenv(name, value)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(UserError, match=f"^rank 0: {told}; the checkpoints are whole"), distributed.joined():
-            raise error
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        dist.destroy_process_group()
+@pytest.mark.usefixtures("under_torchrun")
+def test_what_broke_between_the_processes_is_told(error: Exception, told: str) -> None:
+    with pytest.raises(UserError, match=f"^rank 0: {told}; the checkpoints are whole"), distributed.joined():
+        raise error
