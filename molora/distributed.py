@@ -15,7 +15,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -101,17 +101,25 @@ class World:
         except UserError as caught:
             error = str(caught)
         found = {message: rank for rank, message in reversed(list(enumerate(self.gather(error)))) if message}
-        if found and self.first:
-            raise UserError("; ".join(f"rank {rank}: {text}" if rank else text for text, rank in found.items()))
         if found:
-            raise SystemExit(2)
+            self._end("; ".join(f"rank {rank}: {text}" if rank else text for text, rank in found.items()))
         return value  # type: ignore[return-value] # no error, so it was set
 
     def require_same(self, what: str, value: Any) -> None:
-        """Raise :class:`UserError` where the processes differ in something that all must have alike."""
+        """An error, told once, where the processes differ in something that all must have alike."""
         values = self.gather(value)
         if other := next((rank for rank, given in enumerate(values) if given != values[0]), None):
-            raise UserError(f"the processes differ in {what}: {values[0]} on rank 0, {values[other]} on rank {other}")
+            self._end(f"the processes differ in {what}: {values[0]} on rank 0, {values[other]} on rank {other}")
+
+    def _end(self, why: str) -> NoReturn:
+        """End all processes, of which the first says why. It must be out of torchrun's reach when another ends, since
+        torchrun then stops those that are left."""
+        if self.size > 1:
+            _not_to_be_stopped()
+            self.gather(None)
+        if self.first:
+            raise UserError(why)
+        raise SystemExit(2)
 
     @contextmanager
     def first_on_each_machine(self) -> Iterator[None]:
@@ -144,9 +152,12 @@ def joined() -> Iterator[World]:
             transformers_logging.disable_progress_bar()
         try:
             yield world
-        except UserError as error:
+            dist.destroy_process_group()
+        except (UserError, _Stopped) as error:
+            _not_to_be_stopped()
             raise UserError(str(error) if world.first else f"rank {world.rank}: {error}") from error
         except (dist.DistError, RuntimeError) as error:
+            _not_to_be_stopped()
             if not isinstance(error, dist.DistError) and not _TALKING.search(str(error)):
                 raise
             gone = _GONE.search(str(error))
@@ -156,11 +167,19 @@ def joined() -> Iterator[World]:
                 f"rank {world.rank}: {what} ({cause}); the checkpoints are whole, start all processes again with "
                 "--resume"
             ) from error
-    dist.destroy_process_group()
+
+
+class _Stopped(BaseException):
+    """By torchrun. No ``Exception``, which a compiler at work would take for its own failure, and go on."""
 
 
 def _stopped(*_: object) -> None:
-    raise UserError("stopped, because another process failed or was killed; start again with --resume")
+    raise _Stopped("stopped, because another process failed or was killed; start again with --resume")
+
+
+def _not_to_be_stopped() -> None:
+    """What is left of this process is to say what ends it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # --- sharding ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -324,6 +326,23 @@ def test_bad_input_is_told_once(tiny_model_dir: Path, rows: Path, tmp_path: Path
     assert err.count("model.compile and training.parallel: fsdp do not go together") == 1, err
 
 
+def test_a_process_that_torchrun_stops_still_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does so as soon as another has ended."""
+
+    def gather(world: distributed.World, value: Any) -> list[Any]:
+        if value is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [value, "other"]
+
+    monkeypatch.setattr(distributed.World, "gather", gather)
+    before = signal.signal(signal.SIGTERM, distributed._stopped)
+    try:
+        with pytest.raises(UserError, match="differ in data"):
+            distributed.World(size=2).require_same("data", "one")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -380,3 +399,12 @@ frame #0: c10::Error"""
 def test_what_broke_between_the_processes_is_told(error: Exception, told: str) -> None:
     with pytest.raises(UserError, match=f"^rank 0: {told}; the checkpoints are whole"), distributed.joined():
         raise error
+
+
+@pytest.mark.usefixtures("under_torchrun")
+def test_a_process_that_is_stopped_does_not_take_it_for_a_failure_of_what_it_does() -> None:
+    """As inductor does with any Exception while it compiles."""
+    with pytest.raises(UserError, match=r"^stopped, because another process"), distributed.joined():
+        with contextlib.suppress(Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it goes on")
