@@ -19,6 +19,7 @@ import sys
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 
 Backend = Literal["auto", "triton", "torch", "inductor", "reference"]
 Resolved = Literal["triton", "torch", "inductor", "reference"]
@@ -90,10 +91,17 @@ def backend_for(device: torch.device) -> Resolved:
 
 
 def without_compiler(error: Exception) -> None:
-    """Compiling failed: go on in plain PyTorch and say so, once, unless compiling was asked for."""
+    """Compiling failed: go on in plain PyTorch and say so, once, unless compiling was asked for, or other processes
+    compute the same step: they may have compiled, and would round otherwise."""
     global _compiles
     if _choice == "inductor":
         raise error
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            f"backend auto: compiling failed in process {dist.get_rank()}, and {dist.get_world_size()} processes must "
+            f"compute alike: mend the C++ compiler, {_compiler()}, that the error above is of (the environment "
+            "variable CXX names another), or choose backend 'torch' (kernels.backend=torch) in all of them"
+        ) from error
     _compiles = False
     _log.warning("backend auto: compiling failed, so from here on it is 'torch' on cpu: %s", error)
 

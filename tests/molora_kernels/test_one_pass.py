@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from molora_kernels import backend, use_backend
@@ -86,6 +87,19 @@ def test_where_compiling_fails_auto_goes_on_without_and_says_so_once(broken: boo
         assert ran.stderr.count("compiling failed, so from here on it is 'torch' on cpu") == 1
     else:
         assert ran.returncode == 1 and ("cannot compile this" if broken else "No working C++ compiler") in ran.stderr
+
+
+def test_where_compiling_fails_one_of_several_processes_does_not_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others may have compiled, and would round otherwise."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with use_backend("auto"):
+        with pytest.raises(
+            RuntimeError, match=r"failed in process 1, and 2 .* mend the C\+\+ compiler.*kernels.backend=torch"
+        ):
+            backend.without_compiler(OSError("cannot compile this"))
+        assert backend.backend_for(torch.device("cpu")) == "inductor"
 
 
 def test_no_compiler_is_said_when_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
