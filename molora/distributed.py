@@ -105,11 +105,15 @@ class World:
             self._end("; ".join(f"rank {rank}: {text}" if rank else text for text, rank in found.items()))
         return value  # type: ignore[return-value] # no error, so it was set
 
-    def require_same(self, what: str, value: Any) -> None:
-        """An error, told once, where the processes differ in something that all must have alike."""
+    def require_same(self, what: str, value: Any, mend: str) -> None:
+        """An error, told once, where the processes differ in something that all must have alike. Of mappings the first
+        keys that differ are named; ``mend`` says how to make them alike."""
         values = self.gather(value)
-        if other := next((rank for rank, given in enumerate(values) if given != values[0]), None):
-            self._end(f"the processes differ in {what}: {values[0]} on rank 0, {values[other]} on rank {other}")
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                where, of_first, of_other = _first_difference(values[0], other)
+                where = ".".join([what, *where])
+                self._end(f"the processes differ in {where}: {of_first} on rank 0, {of_other} on rank {rank}; {mend}")
 
     def _end(self, why: str) -> NoReturn:
         """End all processes, of which the first says why. It must be out of torchrun's reach when another ends, since
@@ -180,6 +184,16 @@ def _stopped(*_: object) -> None:
 def _not_to_be_stopped() -> None:
     """What is left of this process is to say what ends it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _first_difference(one: Any, other: Any) -> tuple[list[str], Any, Any]:
+    """The keys to the first place where nested mappings differ, and what each has there."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [], one, other
+    pairs = {key: (one.get(key, "nothing"), other.get(key, "nothing")) for key in one | other}
+    key = next(key for key, (of_one, of_other) in pairs.items() if of_one != of_other)
+    keys, *found = _first_difference(*pairs[key])
+    return [str(key), *keys], found[0], found[1]
 
 
 # --- sharding ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,16 +58,12 @@ class Trainer:
         self.config, self.output = config, output
         self.world = world = world or World()
         self.provenance = provenance.collect(config, world.size)
+        self._require_same(world.together(self._choose_kernels))
         start = world.from_first(lambda: checkpoint.newest(output)) if resume else None
         if start is not None:
             checkpoint.check_same_run(start, config, self.provenance)
 
         seed_everything(config.seed)
-        try:
-            molora_kernels.use_backend(config.kernels.backend)
-        except RuntimeError as error:
-            raise UserError(f"kernels.backend: {error}") from error
-        molora_kernels.use_form(config.kernels.form)
         self.model, self.tokenizer = adapter.build(config)
         if start is not None:
             adapter.load_weights(self.model, start)
@@ -95,19 +92,33 @@ class Trainer:
             self.progress = checkpoint.restore(start, self.optimizer, self.schedule)
         self.start, self.resume = start, resume
 
+    def _choose_kernels(self) -> dict[str, Any]:
+        """Choose backend and form; returns what else decides which kernels and tiles run here."""
+        kernels, device = self.config.kernels, adapter.pick_device(self.config.device)
+        try:
+            molora_kernels.use_backend(kernels.backend)
+            molora_kernels.use_form(kernels.form)
+            return molora_kernels.decided_by(device)
+        except RuntimeError as error:
+            raise UserError(f"kernels.backend: {error}") from error
+
+    def _require_same(self, kernels: dict[str, Any]) -> None:
+        """All processes are to compute the same, with the same kernels and tiles, on the same data."""
+        same, sources = self.world.require_same, self.provenance
+        same("packages", sources["packages"], "install the same versions for all")
+        same("config", self.config.model_dump(), "start all with the same preset and the same --set")
+        same("data", sources["data"], "give all the same files")
+        same(
+            "kernels",
+            kernels,
+            "give all the same kind of device and the same environment (CXX, the C++ compiler, which "
+            "kernels.backend=torch does without; TRITON_INTERPRET)",
+        )
+
     def _share_model(self) -> None:
         """Spread the model over the processes, if it is to be."""
-        world, config = self.world, self.config
-        self._add_spread = None
-        if world.size == 1:
-            return
-        device = self.model.device
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        world.require_same(
-            "versions, device or data",
-            [self.provenance["packages"], device.type, capability, self.provenance["data"], config.model_dump()],
-        )  # so that all pick the same kernels and tiles
-        if config.training.parallel == "fsdp":
+        world, self._add_spread = self.world, None
+        if world.size > 1 and self.config.training.parallel == "fsdp":
             self.model.molora_base_fingerprint = adapter.base_fingerprint(self.model)  # type: ignore[assignment]
             distributed.shard(self.model, world)
             self._add_spread = world.sum

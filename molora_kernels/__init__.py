@@ -1,6 +1,6 @@
 """Kernels for routed mixtures of LoRA experts. Depends on torch, and on Triton where there is a GPU for it."""
 
-from molora_kernels.backend import backend_for, use_backend
+from molora_kernels.backend import backend_for, decided_by, use_backend
 from molora_kernels.dropout import dropout_mask, new_dropout_seed
 from molora_kernels.grouped_lora.api import grouped_lora
 from molora_kernels.grouped_lora.dispatch import use_form
@@ -13,6 +13,7 @@ __all__ = [
     "Router",
     "Routing",
     "backend_for",
+    "decided_by",
     "dropout_mask",
     "grouped_lora",
     "mlp_block",

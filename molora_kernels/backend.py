@@ -16,10 +16,12 @@ import logging
 import os
 import shutil
 import sys
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
+
+from molora_kernels.cpu import has_amx
 
 Backend = Literal["auto", "triton", "torch", "inductor", "reference"]
 Resolved = Literal["triton", "torch", "inductor", "reference"]
@@ -88,6 +90,17 @@ def backend_for(device: torch.device) -> Resolved:
     chosen, why = _auto(device.type)
     _say_once(device.type, chosen, why)
     return chosen
+
+
+def decided_by(device: torch.device) -> dict[str, Any]:
+    """What decides, beside shapes, dtypes and the form chosen, which kernels and tiles run on ``device``, by name.
+    Processes that train one model together must agree in it. Raises as :func:`backend_for`."""
+    found: dict[str, Any] = {"device": device.type, "backend": backend_for(device)}
+    if device.type == "cuda":
+        found["capability"] = torch.cuda.get_device_capability(device)
+    if device.type == "cpu":
+        found["AMX"] = has_amx()
+    return found | {"TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET")}
 
 
 def without_compiler(error: Exception) -> None:

@@ -7,7 +7,8 @@ it goes on from the second step of another run, that run's folder. In a run whos
 
 - ``spoilt``, the second process has a gradient that is not finite in the second step, and a loss that is;
 - ``uncached``, no process tokenises rows before all have come to it;
-- ``rank N killed``, that process is, in the third step.
+- ``rank N killed``, that process is, in the third step;
+- ``rank N without compiler``, that process finds none.
 
 Each process writes the dropout seeds of each step to FOLDER/<name>.<rank>.json.
 """
@@ -110,6 +111,8 @@ def main() -> None:
                     spoil(patch)
                 if f"rank {world.rank} killed" in name:
                     kill(patch)
+                if f"rank {world.rank} without compiler" in name:
+                    patch.setenv("CXX", "no-such-compiler")
                 if "uncached" in name:
                     meet(patch, folder, world)
                 train.run(settings, options, world)

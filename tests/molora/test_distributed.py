@@ -23,6 +23,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from molora import cli, config, data, distributed, metrics, train
 from molora.errors import UserError
+from molora_kernels.backend import compiler_installed
 from tests.conftest import make_rows, write_jsonl
 from tests.molora import distributed_runs
 
@@ -326,6 +327,37 @@ def test_bad_input_is_told_once(tiny_model_dir: Path, rows: Path, tmp_path: Path
     assert err.count("model.compile and training.parallel: fsdp do not go together") == 1, err
 
 
+@pytest.mark.skipif(not compiler_installed(), reason="there is no C++ compiler here")
+def test_a_process_without_the_others_compiler_is_refused(tiny_model_dir: Path, rows: Path, tmp_path: Path) -> None:
+    given = arguments(tiny_model_dir, rows, tmp_path / "run")
+    code, _, err = run_all(tmp_path, {"rank 1 without compiler": (given, None)})
+    assert code != 0
+    told = "error: the processes differ in kernels.backend: inductor on rank 0, torch on rank 1; give all the same"
+    assert err.count(told) == 1, err
+    assert "CXX" in err and "kernels.backend=torch" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (["inductor", "inductor", "torch"], "differ in kernels: inductor on rank 0, torch on rank 2; use one"),
+        ([{"AMX": True, "a": {"b": 1}}, {"AMX": True, "a": {"b": 2}}], "kernels.a.b: 1 on rank 0, 2 on rank 1"),
+        ([{"a": 1}, {"a": 1, "TRITON_INTERPRET": "1"}], "kernels.TRITON_INTERPRET: nothing on rank 0, 1 on rank 1"),
+        ([{}, {"a": None}], "kernels.a: nothing on rank 0, None on rank 1"),
+        ([{"a": {"b": 1}}, {"a": None}], r"kernels.a: \{'b': 1\} on rank 0, None on rank 1"),
+    ],
+)
+def test_what_must_be_the_same_in_all_processes(values: list[Any], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed.World, "gather", lambda world, value: values)
+    with pytest.raises(UserError, match=told):
+        distributed.World().require_same("kernels", values[0], "use one")
+    with pytest.raises(SystemExit):
+        distributed.World(rank=1).require_same("kernels", values[1], "use one")
+    del values[1:]
+    distributed.World().require_same("kernels", values[0], "use one")
+
+
 def test_a_process_that_torchrun_stops_still_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """It does so as soon as another has ended."""
 
@@ -338,7 +370,7 @@ def test_a_process_that_torchrun_stops_still_says_what_is_wrong(monkeypatch: pyt
     before = signal.signal(signal.SIGTERM, distributed._stopped)
     try:
         with pytest.raises(UserError, match="differ in data"):
-            distributed.World(size=2).require_same("data", "one")
+            distributed.World(size=2).require_same("data", "one", "use one")
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from molora_kernels import backend, use_backend
+from molora_kernels.cpu import has_amx
 from molora_kernels.one_pass import LEAST_ROWS, compiled, one_pass
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +101,13 @@ def test_where_compiling_fails_one_of_several_processes_does_not_go_on(monkeypat
         ):
             backend.without_compiler(OSError("cannot compile this"))
         assert backend.backend_for(torch.device("cpu")) == "inductor"
+
+
+def test_what_decides_kernels_and_tiles_has_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with use_backend("torch"):
+        found = backend.decided_by(torch.device("cpu"))
+    assert found == {"device": "cpu", "backend": "torch", "AMX": has_amx(), "TRITON_INTERPRET": "1"}
 
 
 def test_no_compiler_is_said_when_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
