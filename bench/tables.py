@@ -118,6 +118,20 @@ def generation(device: str, dtype: str) -> Callable[[Results], str]:
     return block
 
 
+def generation_ratios(results: Results) -> str:
+    """The same as one sentence: every number of rows that was measured, not the best one."""
+    result = results.get("decode-cpu-bf16")
+    if result is None:
+        return f"{NOT_MEASURED.capitalize()} yet.\n"
+    rows, shape = result["rows"], result["shape"]
+    batches = " and ".join(f"{row['batch']:,}" for row in rows)
+    token, prompt = (" and ".join(f"{row[part]['ratio']:.2f}" for row in rows) for part in ("token", "prompt"))
+    return (
+        f"With {batches} rows at a time, on {result['threads']} threads, a token takes {token} times as long as the "
+        f"base's, reading\na prompt of {shape['tokens']} tokens a row {prompt} times.\n"
+    )
+
+
 def compiled_step(results: Results) -> str:
     """The training step with and without ``torch.compile``."""
     result = results.get("step-cpu-fp32-compile")
@@ -286,6 +300,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "speed-cpu": speed_cpu,
     "speed-gpu": speed_gpu,
     "decode-cpu": generation("cpu", "bf16"),
+    "decode-cpu-ratios": generation_ratios,
     "compile-cpu": compiled_step,
     "origin-cpu": origin_cpu,
     "origin-cuda": lambda results: _origins(results, "cuda", "mlp-cuda-bf16"),
