@@ -1,9 +1,7 @@
 """molora: several LoRA experts for the price of one.
 
->>> model = molora.inject(model, {"num_experts": 4, "top_k": 2, "lora_r": 32})  # doctest: +SKIP
->>> molora.save_adapter(model, "out")                                          # doctest: +SKIP
->>> model, tokenizer = molora.load("out")                                      # doctest: +SKIP
->>> molora.remove(model)                                                       # doctest: +SKIP
+:func:`inject` puts them into a model, :func:`remove` takes them out again, :func:`save_adapter` and :func:`load` keep
+them on disk; README.md has the whole example.
 """
 
 from molora.adapter import load, save_adapter

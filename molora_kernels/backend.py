@@ -33,9 +33,9 @@ _choice: Backend = "auto"
 class use_backend:
     """Choose the backend for all calls from here on, or for a ``with`` block.
 
-    >>> use_backend("torch")            # doctest: +SKIP
-    >>> with use_backend("reference"):  # doctest: +SKIP
-    ...     y = grouped_lora(...)
+    >>> with use_backend("reference"):
+    ...     backend_for(torch.device("cpu"))
+    'reference'
 
     Raises ``ValueError`` for an unknown name and ``RuntimeError`` if Triton is chosen but not installed, or inductor
     where there is no C++ compiler.

@@ -37,9 +37,9 @@ CPU_ROWS = 256
 class use_form:
     """Choose the form of routed experts for all calls from here on, or for a ``with`` block.
 
-    >>> use_form("dense")            # doctest: +SKIP
-    >>> with use_form("grouped"):    # doctest: +SKIP
-    ...     y = mlp_block(...)
+    >>> with use_form("grouped"):
+    ...     form_for(torch.zeros(8, 64), experts=4, top_k=2, rank=8)
+    'grouped'
 
     A backward runs the form of its forward. Where there is nothing to choose (no gates, ``top_k`` not given or all
     experts chosen) the form is dense. Raises ``ValueError`` for an unknown name.
