@@ -123,6 +123,9 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
         model: as for :func:`inject`. Activation checkpointing, if wanted, is on already.
         options: for ``torch.compile``, such as ``mode`` or ``fullgraph``.
     """
+    # A layer's rows of the record are integers on its modules. As constants they would make every layer a graph of its
+    # own, and Dynamo leaves all after its eighth to eager. Not settable for a part of a process.
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
     family = family_of(model)
     for layer in model.get_submodule(family.layers).children():
         recomputed = getattr(layer, "gradient_checkpointing", False)

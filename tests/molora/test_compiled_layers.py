@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM
 
 import molora
@@ -51,6 +52,23 @@ def test_a_training_step_is_whole_graphs_and_as_exact_as_eager(model, recompute)
     assert compiled.keys() == eager.keys()
     for name in eager:
         assert_within_budget(compiled[name].detach(), eager[name].detach(), exact[name].detach(), name)
+
+
+def test_layers_share_graphs_however_many_there_are(tiny_config):
+    """Dynamo leaves to eager what comes after the eighth graph of a function; ``fullgraph`` makes that an error."""
+    torch.compiler.reset()
+    counters.clear()
+    config = copy.deepcopy(tiny_config)
+    config.num_hidden_layers = 12
+    model = molora.inject(LlamaForCausalLM(config), {"lora_r": 4, "init_b_std": 0.1}).train()
+    eager = step(model)
+    compile_layers(model, backend="aot_eager", fullgraph=True)
+    compiled = step(model)
+    assert counters["stats"]["unique_graphs"] == 2  # the first layer's input needs no gradient
+    assert compiled.keys() == eager.keys()
+    for name in eager:
+        assert torch.equal(compiled[name], eager[name]), name
+    torch.compiler.reset()
 
 
 def test_generation_equals_eager(model):
