@@ -93,8 +93,6 @@ def _check_shared(config: Config, processes: int) -> None:
     """What works in one process, and not in several."""
     if config.device.startswith("cuda:"):
         raise UserError(f"device: {config.device} is one device, and here are {processes} processes; use device: cuda")
-    if config.training.parallel == "fsdp" and config.model.compile:
-        raise UserError("model.compile and training.parallel: fsdp do not go together; use ddp, or no compile")
     if config.training.parallel == "fsdp" and config.model.load_precision.mode in ("int8", "int4"):
         raise UserError("training.parallel: fsdp spreads bases of 16 or 32 bits only; use ddp for int8 and int4")
 

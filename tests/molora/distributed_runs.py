@@ -6,6 +6,7 @@
 it goes on from the second step of another run, that run's folder. In a run whose name has the words
 
 - ``spoilt``, the second process has a gradient that is not finite in the second step, and a loss that is;
+- ``compiled``, layers are whole graphs, run by PyTorch's own operators: a compiler would take minutes;
 - ``uncached``, no process tokenises rows before all have come to it;
 - ``rank N killed``, that process is, in the third step;
 - ``rank N without compiler``, that process finds none.
@@ -22,6 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ import pytest
 import torch
 
 import molora_kernels
-from molora import cli, config, data, distributed, train
+from molora import cli, config, data, distributed, train, trainer
+from molora.patch import compile_layers
 from molora.trainer import Trainer
 
 Seeds = dict[int, list[int]]
@@ -113,6 +116,10 @@ def main() -> None:
                     kill(patch)
                 if f"rank {world.rank} without compiler" in name:
                     patch.setenv("CXX", "no-such-compiler")
+                if "compiled" in name:
+                    patch.setattr(
+                        trainer, "compile_layers", partial(compile_layers, backend="aot_eager", fullgraph=True)
+                    )
                 if "uncached" in name:
                     meet(patch, folder, world)
                 train.run(settings, options, world)

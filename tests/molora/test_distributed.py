@@ -149,6 +149,7 @@ RUNS = {
     "plain fsdp, layers recomputed": [FSDP, *FOUR, "model.gradient_checkpointing=non_reentrant"],
     "plain fsdp, layers recomputed, reentrant": [FSDP, *FOUR, "model.gradient_checkpointing=reentrant"],
     "plain fsdp, goes on from one process": [FSDP, *FOUR],
+    "plain fsdp, compiled": [FSDP, *FOUR, "model.compile=true"],
     "plain ddp, uncached": [*FOUR, "data.cache=false"],
     "packed ddp": [*TWO, *PACKED],
     "packed fsdp": [FSDP, *TWO, *PACKED],
@@ -321,10 +322,10 @@ def test_a_killed_process_ends_the_run_with_a_checkpoint_to_go_on_from(
 
 
 def test_bad_input_is_told_once(tiny_model_dir: Path, rows: Path, tmp_path: Path) -> None:
-    given = arguments(tiny_model_dir, rows, tmp_path / "run", FSDP, "model.compile=true")
+    given = arguments(tiny_model_dir, rows, tmp_path / "run", FSDP, "model.load_precision.mode=int4")
     code, _, err = in_two_processes("molora.train", *given)
     assert code != 0
-    assert err.count("model.compile and training.parallel: fsdp do not go together") == 1, err
+    assert err.count("fsdp spreads bases of 16 or 32 bits only") == 1, err
 
 
 @pytest.mark.skipif(not compiler_installed(), reason="there is no C++ compiler here")
@@ -381,7 +382,6 @@ def test_a_process_that_torchrun_stops_still_says_what_is_wrong(monkeypatch: pyt
         (["device=cuda:1"], "device: cuda:1 is one device, and here are 2 processes"),
         ([FSDP, "model.load_precision.mode=int4"], "fsdp spreads bases of 16 or 32 bits only"),
         ([FSDP, "model.load_precision.mode=int8"], "fsdp spreads bases of 16 or 32 bits only"),
-        ([FSDP, "model.compile=true"], "model.compile and training.parallel: fsdp do not go together"),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(
