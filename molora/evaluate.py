@@ -43,12 +43,12 @@ from molora.errors import UserError
 from molora.files import file_sha256, write_text
 from molora.generate import Answer, decode, generate_tokens, prefix_cache
 from molora.journal import Journal, digest
-from molora.loss import CHUNK_ELEMENTS
+from molora.loss import CHUNK_ELEMENTS, after_head
 from molora.scores import METHOD, BenchResult, Results, Score, comparison, differences, groups_of
 
 LOSS, ANSWERS = "loss", "answers"
 """The parts of a measurement, as its journal names them."""
-MEASUREMENT = 1
+MEASUREMENT = 2
 """Raised with every change that changes what is measured, so that what was kept before is measured again."""
 
 # --- measuring ---------------------------------------------------------------------------------------------------
@@ -200,9 +200,15 @@ def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
         predicting = hidden[rows, columns - shared]
         targets = batch.labels.flatten().index_select(0, batch.predictors + 1)
         # A chunk at a time, because the logits (N, V) of a large vocabulary would be the largest tensor by far.
-        chunk = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
+        chunk = max(1, CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
+        factor, softcap = after_head(model)
         for part, target in zip(predicting.split(chunk), targets.split(chunk), strict=True):
-            losses.append(F.cross_entropy(head(part).float(), target, reduction="none"))
+            logits = head(part).float()
+            if factor != 1:
+                logits.mul_(factor)
+            if softcap is not None:
+                logits.div_(softcap).tanh_().mul_(softcap)
+            losses.append(F.cross_entropy(logits, target, reduction="none"))
         return torch.zeros(len(batch.domains), device=hidden.device).index_add_(0, rows, torch.cat(losses))
 
 

@@ -29,20 +29,27 @@ _CAUSAL = "molora_causal_sdpa"
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, chunk: int) -> Tensor:
         keep_gradient = ctx.needs_input_grad[0]
         d_hidden = torch.empty_like(hidden) if keep_gradient else None
         exact = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=exact)
+        slope: Tensor | None = None  # of the softcap
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             logits = (hidden[part] @ weight.T).to(exact)
+            if softcap is not None:
+                logits.div_(softcap).tanh_()
+                slope = 1 - logits.square() if keep_gradient else None
+                logits.mul_(softcap)
             target = targets[part, None]
             log_normaliser = logits.logsumexp(dim=1, keepdim=True)
             total += (log_normaliser - logits.gather(1, target)).sum()
             if d_hidden is not None:
                 d_logits = logits.sub_(log_normaliser).exp_()
                 d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, -1.0))
+                if slope is not None:
+                    d_logits.mul_(slope)
                 d_hidden[part] = d_logits.to(weight.dtype) @ weight
         if d_hidden is not None:
             ctx.save_for_backward(d_hidden)
@@ -50,22 +57,24 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None, None, None]:
         (d_hidden,) = ctx.saved_tensors
-        return d_hidden * d_total.to(d_hidden.dtype), None, None, None
+        return d_hidden * d_total.to(d_hidden.dtype), None, None, None, None
 
 
-def frozen_head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+def frozen_head_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: float | None = None, chunk: int | None = None
+) -> Tensor:
     """``F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`` in chunks of ``chunk`` positions.
 
     ``hidden`` (N, H) and ``weight`` (V, H) share a floating dtype, ``targets`` is (N,) int64; the softmax is fp32 or
-    better and so is the scalar returned. Raises ValueError if ``weight`` needs a gradient: this function has none
-    for it.
+    better and so is the scalar returned. ``softcap`` c makes c tanh(x / c) of a logit x (Gemma 2's technical report,
+    section 2). Raises ValueError if ``weight`` needs a gradient: this function has none for it.
     """
     if weight.requires_grad:
         raise ValueError("the output head needs a gradient, which this loss does not compute: freeze it")
     chunk = chunk or max(1, CHUNK_ELEMENTS // len(weight))
-    loss = _FrozenHeadCrossEntropy.apply(hidden, weight, targets, chunk)
+    loss = _FrozenHeadCrossEntropy.apply(hidden, weight, targets, softcap, chunk)
     assert isinstance(loss, Tensor)
     return loss
 
@@ -87,7 +96,16 @@ def causal_lm_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
     predicting = hidden.flatten(0, 1).index_select(0, batch.predictors)
     targets = batch.labels.flatten().index_select(0, batch.predictors + 1)
     weight = head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight
-    return frozen_head_cross_entropy(predicting, weight, targets), batch.label_tokens
+    factor, softcap = after_head(model)
+    predicting = predicting if factor == 1 else predicting * factor
+    return frozen_head_cross_entropy(predicting, weight, targets, softcap=softcap), batch.label_tokens
+
+
+def after_head(model: PreTrainedModel) -> tuple[float, float | None]:
+    """What ``model`` makes of its head's logits: a factor (Cohere, Granite), then a softcap (Gemma 2) if not None."""
+    config = model.config.get_text_config()
+    factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return factor, getattr(config, "final_logit_softcapping", None)
 
 
 @contextmanager
@@ -98,7 +116,7 @@ def _attention(model: PreTrainedModel, position_ids: Tensor | None) -> Iterator[
     the device has come so far. We know it. Only plain causal attention by SDPA is done so; windows and the other
     implementations are left to transformers.
     """
-    config = model.config
+    config = model.config.get_text_config()  # the config itself, where a model does nothing but text
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if config._attn_implementation != "sdpa" or kinds != {"full_attention"} or getattr(config, "sliding_window", None):
         yield None

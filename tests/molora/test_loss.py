@@ -26,10 +26,20 @@ def test_equals_cross_entropy(chunk: int | None) -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(exact * 0.3, hidden)[0])
 
 
-def test_gradcheck() -> None:
+def test_softcap() -> None:
+    hidden, weight, targets = make_problem(torch.float64)
+    ours = loss.frozen_head_cross_entropy(hidden, weight, targets, softcap=0.7, chunk=4)
+    (gradient,) = torch.autograd.grad(ours * 0.3, hidden)
+    exact = F.cross_entropy(0.7 * torch.tanh(hidden @ weight.T / 0.7), targets, reduction="sum")
+    torch.testing.assert_close(ours, exact)
+    torch.testing.assert_close(gradient, torch.autograd.grad(exact * 0.3, hidden)[0])
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_gradcheck(softcap: float | None) -> None:
     hidden, weight, targets = make_problem(torch.float64)
     assert torch.autograd.gradcheck(
-        lambda h: loss.frozen_head_cross_entropy(h, weight, targets, chunk=4),  # type: ignore[misc]
+        lambda h: loss.frozen_head_cross_entropy(h, weight, targets, softcap=softcap, chunk=4),  # type: ignore[misc]
         hidden,
     )
 
