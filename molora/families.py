@@ -42,6 +42,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": _GEGLU,
     "gemma2": _GEGLU,
     "gemma3_text": _GEGLU,
+    "gemma3": Family(layers="model.language_model.layers", swiglu=None),  # with a vision tower, which stays as it is
     "phi3": Family(
         shared_inputs=(),
         swiglu=None,
@@ -57,7 +58,8 @@ def family_of(model: nn.Module) -> Family:
     """The row for ``model.config.model_type``.
 
     An architecture without one is taken projection by projection, each on its own: its decoder layers are the longest
-    list of modules in the model, and ``injection.target_keywords`` and ``attn_lora.keywords`` name the linears.
+    list of modules in its decoder (a vision tower is outside of it), and ``injection.target_keywords`` and
+    ``attn_lora.keywords`` name the linears.
 
     Raises:
         UserError: no such list.
@@ -65,7 +67,11 @@ def family_of(model: nn.Module) -> Family:
     name = getattr(getattr(model, "config", None), "model_type", None)
     if name in FAMILIES:
         return FAMILIES[name]
-    lists = {path: len(module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    decoder = getattr(model, "get_decoder", lambda: model)()
+    start = next(path for path, module in model.named_modules() if module is decoder)
+    lists = {
+        path: len(module) for path, module in decoder.named_modules(prefix=start) if isinstance(module, nn.ModuleList)
+    }
     longest = [path for path, length in lists.items() if length == max(lists.values())]
     if len(longest) != 1:
         raise UserError(

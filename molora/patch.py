@@ -51,8 +51,9 @@ def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe:
         ``save_pretrained`` writes the adapter alone.
 
     Raises:
-        UserError: an architecture without plain decoder layers, a keyword that matches no projection, a layer index
-            out of range, a router scope that the targets do not allow, or a model that has adapters already.
+        UserError: an architecture without plain decoder layers, or with experts of its own that the keywords may mean,
+            a keyword that matches no projection, a layer index out of range, a router scope that the targets do not
+            allow, or a model that has adapters already.
     """
     injection, moe = _sections(config, moe)
     if hasattr(model, "molora"):
@@ -67,6 +68,7 @@ def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe:
     indices = _layer_indices(injection, len(layers))  # type: ignore[arg-type] # a ModuleList
     linears = [module for module in layers.modules() if isinstance(module, nn.Linear)]
     fused = getattr(model.config, "hidden_act", None) == "silu" and all(is_dense(linear) for linear in linears)
+    _refuse_own_experts(model, layers, injection)
     plan = {i: _plan(family, layers.get_submodule(str(i)), injection, moe, fused) for i in indices}
     _require_matches(injection, family, plan, layers.get_submodule(str(indices[0])))
 
@@ -188,6 +190,22 @@ def _plan(family: Family, layer: nn.Module, injection: Injection, moe: MoE, fuse
                 f"injection.target_keywords must be exactly {list(family.swiglu or ())}"
             )
     return plan
+
+
+def _refuse_own_experts(model: nn.Module, layers: nn.Module, injection: Injection) -> None:
+    """A mixture holds its own experts stacked in one tensor, where no adapter goes. A bare ``gate_proj`` would then
+    match the expert that all tokens share, or nothing, and is refused; a path within the layer is taken at its word."""
+    stacked = [path for path, p in layers.named_parameters() if p.ndim == 3 and "experts" in path.split(".")]
+    bare = [keyword for keyword in injection.target_keywords if "." not in keyword]
+    if stacked and bare:
+        index, _, name = stacked[0].partition(".")
+        layer = layers.get_submodule(index)
+        linears = [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
+        raise UserError(
+            f"{type(model).__name__} has experts already, stacked in {name}, where molora puts no adapters: take a "
+            f"dense model, or give injection.target_keywords as paths, such as self_attn.o_proj ({bare} are not); the "
+            f"linears of layer {index} are {linears}"
+        )
 
 
 def _matches(path: str, keywords: list[str]) -> bool:

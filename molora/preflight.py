@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from molora import adapter, chat, data, loss, packing, phases, routing
 from molora.config import Config, check
@@ -73,7 +74,7 @@ class Need:
 
 def need(config: Config, base: PreTrainedConfig, dtype: torch.dtype, shape: Shape) -> Need:
     """What one step of ``config`` needs on a ``base`` model in ``dtype``, in the phase that trains most."""
-    with FakeTensorMode():
+    with FakeTensorMode(), no_init_weights():  # some of a vision tower's read what they have drawn
         attention = config.model.attn_implementation
         kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
         model = AutoModelForCausalLM.from_config(base, dtype=dtype, **kwargs)
@@ -92,7 +93,7 @@ def need(config: Config, base: PreTrainedConfig, dtype: torch.dtype, shape: Shap
         activations, peak = (a + further * (b - a) for a, b in zip(one, two, strict=True))
     ever = {group for phase in config.training.phases for group in phase.trainable}
     moments = [p for group, members in parameter_groups(model).items() if group in ever for _, p in members]
-    vocabulary, itemsize = base.vocab_size, dtype.itemsize
+    vocabulary, itemsize = base.get_text_config().vocab_size, dtype.itemsize
     chunk = min(shape.labels, max(1, loss.CHUNK_ELEMENTS // vocabulary))
     static = base_bytes + _bytes(adapters) + 2 * _bytes(moments)
     return Need(
