@@ -124,7 +124,7 @@ def test_several_adapters_switch_and_leave_one_another_alone(base, tmp_path):
     model.add_adapter("two", MoloraConfig(injection={**INJECTION, "lora_r": 2, "target_keywords": ["gate_proj"]}))
     assert torch.equal(logits(model), one)
     model.set_adapter("two")
-    assert torch.equal(copy.deepcopy(model).eval()(input_ids=IDS).logits, logits(model))
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
     assert len(base.molora.ledger.names) == 2 and not torch.equal(logits(model), one)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable and all(".two." in name for name in trainable)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import molora
-from molora import routing
+from molora import decode, routing
 from molora.config import MoE, check
 
 MOE = check(MoE, {"router_z_loss_coef": 0.01, "load_balance": {"aux_loss_coef": 0.1}})
@@ -269,14 +269,15 @@ def test_observing_sees_each_forward_and_leaves_the_model_as_it_was(tiny_config,
         {"injection": {"lora_r": 4, "init_b_std": 0.05, "target_keywords": ["gate_proj", "up_proj", "down_proj"]},
          "moe": {"router_scope": scope}},
     )  # fmt: skip
-    ids, _ = batch
+    ids = batch[0].repeat(2, 1)  # more than take the path of few tokens, which rounds otherwise and records nothing
+    assert ids.numel() > decode.MOST_TOKENS
     with torch.no_grad():
         expected = model(ids).logits
         with routing.observing(model) as seen:
             torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
             model(inputs_embeds=model.get_input_embeddings()(ids[:, :2]))
         model(ids)
-    assert [record.gates.shape[1:3] for record in seen] == [(4, 9), (4, 2)]
+    assert [record.gates.shape[1:3] for record in seen] == [(8, 9), (8, 2)]
     for record in seen:
         assert len(record.gates) == len(routing.names(model)) == (6 if scope == "projection" else 2)
         torch.testing.assert_close(record.gates.sum(-1), torch.ones(record.gates.shape[:-1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,11 @@ def test_wandb_has_one_run_that_went_on(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_SILENT", "true")
     settings = config.load(None, ["logging.wandb=true", "seed=7"])
     write_as_a_run_that_was_killed(settings, tmp_path / "mine")
-    # By content: W&B's own process writes the files, when it comes to it.
-    written = [list(records(path)) for path in tmp_path.glob("mine/wandb/offline-run-*/*.wandb")]
+    # By content, and waited for: W&B's own process writes the files, when it comes to it.
+    deadline, written = time.monotonic() + 60, list[list[Any]]()
+    while [len(history(of)) for of in written] not in ([3, 2], [2, 3]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        written = [list(records(path)) for path in tmp_path.glob("mine/wandb/offline-run-*/*.wandb")]
     killed, resumed = sorted(written, key=lambda of: history(of)[0]["_step"])
     assert history(killed) == [
         {"_step": 1, "loss": 1.5},
@@ -80,6 +84,8 @@ def records(path: Path) -> Iterator[Any]:
             at += 32768 - at % 32768
             continue
         _, length, kind = struct.unpack("<IHB", content[at : at + 7])
+        if at + 7 + length > len(content):  # not all written yet
+            return
         record += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
