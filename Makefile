@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv quickstart test test-gpu bench check docs clean
+.PHONY: venv quickstart test test-slow test-gpu bench check docs clean
 
 venv: $(VENV)/.done
 $(VENV)/.done: setup.py constraints.txt
@@ -22,6 +22,9 @@ quickstart: $(VENV)/.done  ## both stages on a real model, on the CPU, with a re
 
 test: $(VENV)/.done  ## the whole suite, on the CPU
 	$(BIN)/python -m pytest -n auto -m "not gpu and not slow"
+
+test-slow: $(VENV)/.done  ## what takes minutes: a real model made from its package, molora installed without a checkout
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 test-gpu:  ## what needs a CUDA device; uses the Python on the PATH
 	python3 -m pytest -m gpu

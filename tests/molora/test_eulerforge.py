@@ -19,7 +19,6 @@ IDS = torch.randint(0, 320, (2, 9), generator=torch.Generator().manual_seed(9))
 @pytest.fixture
 def trained(tiny_model_dir, tmp_path) -> tuple[Path, torch.Tensor]:
     """A run folder as EulerForge writes it, and the logits of its model."""
-    pytest.importorskip("eulerforge")
     from eulerforge.adapters.backbones.llama import LlamaAdapter  # type: ignore[import-not-found]
     from eulerforge.cli.train import _save_lora_info  # type: ignore[import-not-found]
     from eulerforge.injection.dense_lora import DenseLoRAInjection  # type: ignore[import-not-found]
