@@ -36,8 +36,9 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     cases = [_measured(k, n, options) for k, n in SHAPES[options.device]]
     if options.json:
-        names = ("tokens", "columns", "dtype", "device", "threads")
-        record.write(options.json, {"op": "expand", **{name: getattr(options, name) for name in names}, "cases": cases})
+        shape = {name: getattr(options, name) for name in ("tokens", "columns", "dtype", "device")}
+        result = {"op": "expand", "threads": options.threads, "shape": shape, "rounds": options.rounds, "cases": cases}
+        record.write(options.json, result)
     return 1 if any(case["wrong"] for case in cases) else 0
 
 

@@ -1,11 +1,12 @@
 """Timing that can be trusted: variants in turn within one run, medians with spread, memory counted by tensor.
 
 Absolute times on a shared machine mean little; every figure that is reported is a ratio between variants whose rounds
-were interleaved (A B C A B C …), so that a drift of the machine's speed falls on all alike.
+were interleaved (A B C, B A C, …), so that a drift of the machine's speed falls on all alike.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -66,13 +67,15 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times of each variant's parts, ``rounds`` times in turn, after ``warmup`` rounds that do not count.
 
-    Each round starts without gradients. On CUDA the parts are measured on the device, by events; before each of them
+    Each round has an order of its own, so that what a variant leaves in caches and in the allocator falls on all alike,
+    and starts without gradients. On CUDA the parts are measured on the device, by events; before each of them
     the L2 cache is flushed, and the device is kept busy while the part is being queued.
     """
     timings = {name: Timing() for name in variants}
     clock = _DeviceClock(x.device) if x.is_cuda else _Clock()
+    shuffled = random.Random(0)
     for round_ in tqdm(range(-warmup, rounds), desc="rounds", disable=None):
-        for name, variant in variants.items():
+        for name, variant in shuffled.sample(list(variants.items()), len(variants)):
             for leaf in variant.leaves:
                 leaf.grad = None
             leaf_x = input_leaf(x)

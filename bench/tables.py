@@ -124,12 +124,17 @@ def generation_ratios(results: Results) -> str:
     if result is None:
         return f"{NOT_MEASURED.capitalize()} yet.\n"
     rows, shape = result["rows"], result["shape"]
-    batches = " and ".join(f"{row['batch']:,}" for row in rows)
-    token, prompt = (" and ".join(f"{row[part]['ratio']:.2f}" for row in rows) for part in ("token", "prompt"))
+    batches = _extent([row["batch"] for row in rows], "d")
+    token, prompt = (_extent([row[part]["ratio"] for row in rows], ".2f") for part in ("token", "prompt"))
     return (
         f"With {batches} rows at a time, on {result['threads']} threads, a token takes {token} times as long as the "
-        f"base's, reading\na prompt of {shape['tokens']} tokens a row {prompt} times.\n"
+        f"base's,\nreading a prompt of {shape['tokens']} tokens a row {prompt} times.\n"
     )
+
+
+def _extent(numbers: list[Any], form: str) -> str:
+    """From the smallest to the largest."""
+    return " to ".join(dict.fromkeys(f"{number:{form}}" for number in (min(numbers), max(numbers))))
 
 
 def compiled_step(results: Results) -> str:
