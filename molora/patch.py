@@ -18,6 +18,9 @@ from molora.layers import ExpertMLPs, LoraLinear, LoraMLP, Router, SharedInput, 
 from molora.routing import Ledger
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
+MOST_GRAPHS = 64
+"""Of one compiled function: for each kind of layer two to four in training (first or not, lengths fixed or free), and
+evaluation's."""
 
 
 @dataclass
@@ -125,9 +128,12 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
         model: as for :func:`inject`. Activation checkpointing, if wanted, is on already.
         options: for ``torch.compile``, such as ``mode`` or ``fullgraph``.
     """
-    # A layer's rows of the record are integers on its modules. As constants they would make every layer a graph of its
-    # own, and Dynamo leaves all after its eighth to eager. Not settable for a part of a process.
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    # A layer's rows of the record are integers on its modules: as constants they would make every layer a graph of its
+    # own. Dynamo leaves what comes after its eighth graph to eager, which two kinds of layers with evaluation reach.
+    # Neither can be set for a part of a process.
+    dynamo = torch._dynamo.config
+    dynamo.allow_unspec_int_on_nn_module = True
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_GRAPHS)
     family = family_of(model)
     for layer in model.get_submodule(family.layers).children():
         recomputed = getattr(layer, "gradient_checkpointing", False)

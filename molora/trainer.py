@@ -295,6 +295,10 @@ class Trainer:
         """Open and close parameter groups where the next step is the first of its phase."""
         phase = phases.in_force(self.config.training.phases, self.progress.step)
         if phase != self.phase:
+            if self.config.model.compile and self.phase is not None:
+                # Dynamo of torch 2.11 does not see that a parameter is open now, and its graphs would leave it without
+                # a gradient.
+                torch.compiler.reset()
             self.phase = phase
             tqdm.write(phases.enter(self.model, self.config.training.phases[phase]))
             groups = parameter_groups(self.model).values()

@@ -71,6 +71,21 @@ def test_layers_share_graphs_however_many_there_are(tiny_config):
     torch.compiler.reset()
 
 
+def test_layers_of_more_than_eight_kinds_are_compiled(tiny_config):
+    torch.compiler.reset()
+    counters.clear()
+    config = copy.deepcopy(tiny_config)
+    config.num_hidden_layers = 10
+    model = molora.inject(LlamaForCausalLM(config), {"lora_r": 4, "attn_lora": {"enabled": False}}).eval()
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.gate_proj.scaling = 1.0 + i
+    compile_layers(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        model(IDS, attention_mask=MASK, use_cache=False)
+    assert counters["stats"]["unique_graphs"] == 10
+    torch.compiler.reset()
+
+
 def test_generation_equals_eager(model):
     model.eval()
     asked = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}

@@ -149,6 +149,7 @@ RUNS = {
     "plain fsdp, layers recomputed": [FSDP, *FOUR, "model.gradient_checkpointing=non_reentrant"],
     "plain fsdp, layers recomputed, reentrant": [FSDP, *FOUR, "model.gradient_checkpointing=reentrant"],
     "plain fsdp, goes on from one process": [FSDP, *FOUR],
+    "plain ddp, compiled": [*TWO, "model.compile=true"],
     "plain fsdp, compiled": [FSDP, *FOUR, "model.compile=true"],
     "plain ddp, uncached": [*FOUR, "data.cache=false"],
     "packed ddp": [*TWO, *PACKED],
