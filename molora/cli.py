@@ -1,13 +1,23 @@
-"""How every command line of molora ends: an error that the user can mend is one line and exit code 2."""
+"""What all command lines of molora share: options for a model, and the end, where an error that the user can mend is
+one line and exit code 2."""
 
 from __future__ import annotations
 
+import argparse
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from molora.errors import UserError
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
+
+
+def add_model_options(parser: argparse.ArgumentParser, precisions: Sequence[str] = PRECISIONS) -> None:
+    """``--device`` and ``--precision``, as :func:`molora.load` takes them."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
+    parser.add_argument("--precision", default="auto", choices=precisions, help="of the base (default: %(default)s)")
 
 
 def run(main: Callable[[], None]) -> NoReturn:

@@ -150,9 +150,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("adapter", help="folder to read, such as a stage's final/; export and merge: or a hub name")
     command.add_argument("out", type=Path, help="folder to write")
     command.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
-    precisions = ("auto", "fp32", "bf16", "fp16")
-    command.add_argument("--precision", default="auto", choices=precisions, help="of the base (default: %(default)s)")
+    cli.add_model_options(command, cli.PRECISIONS[:4])  # a quantised base can neither be merged nor exported
 
 
 if __name__ == "__main__":

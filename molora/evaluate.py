@@ -36,14 +36,14 @@ import molora
 from molora import chat, cli, harness, provenance, routing
 from molora.adapter import describe_base, find_adapter, load, locate_base, pick_device, pick_dtype, read_manifest
 from molora.answers import check_gold, is_correct
-from molora.config import Config, LoadPrecision
+from molora.config import Config, LoadPrecision, check
 from molora.config import Data as DataConfig
 from molora.data import Batch, Collate, Example, Row, read_rows
 from molora.errors import UserError
 from molora.files import file_sha256, write_text
 from molora.generate import Answer, decode, generate_tokens, prefix_cache
 from molora.journal import Journal, digest
-from molora.loss import CHUNK_ELEMENTS, after_head
+from molora.loss import CHUNK_ELEMENTS, after_head, check_head
 from molora.scores import METHOD, BenchResult, Results, Score, comparison, differences, groups_of
 
 LOSS, ANSWERS = "loss", "answers"
@@ -57,12 +57,14 @@ MEASUREMENT = 2
 class Opened:
     """A model and its tokenizer, loaded when first asked for: not at all where everything was measured before."""
 
-    def __init__(self, name: str | Path, device: str = "auto") -> None:
-        self.name, self.device = str(name), device
+    def __init__(self, name: str | Path, device: str = "auto", precision: str = "auto") -> None:
+        self.name, self.device, self.precision = str(name), device, precision
 
     @cached_property
     def _pair(self) -> tuple[PreTrainedModel, Any]:
-        return load(self.name, device=self.device)
+        model, tokenizer = load(self.name, self.device, self.precision)
+        check_head(model)
+        return model, tokenizer
 
     @property
     def model(self) -> PreTrainedModel:
@@ -111,10 +113,10 @@ def evaluate_kept(
 
 def _measuring(opened: Opened) -> dict[str, Any]:
     """What decides a measurement beside what is asked: the model, and what computes it."""
-    device = pick_device(opened.device)
+    device, precision = pick_device(opened.device), check(LoadPrecision, {"mode": opened.precision})
     return {
         "model": fingerprint(opened.name),
-        "dtype": str(pick_dtype(LoadPrecision(), device)),
+        "dtype": str(pick_dtype(precision, device)) if precision.bits() is None else repr(precision),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": [module.__version__ for module in (molora, torch, transformers, tokenizers)],
         "measurement": MEASUREMENT,
@@ -368,7 +370,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where rows are kept as they are measured, and found again (default: %(default)s)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
+    cli.add_model_options(parser)
 
 
 def measured(options: argparse.Namespace) -> dict[str, dict[str, BenchResult]]:
@@ -386,7 +388,7 @@ def measured(options: argparse.Namespace) -> dict[str, dict[str, BenchResult]]:
     results: dict[str, dict[str, BenchResult]] = {}
     total, count = len(models) * len(set(options.bench)), 0
     for name, folder in models.items():
-        opened = Opened(folder, options.device)
+        opened = Opened(folder, options.device, options.precision)
         results[name] = {}
         for path in dict.fromkeys(options.bench):
             count += 1
@@ -414,7 +416,7 @@ def _harness(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]
     tasks = [task.strip() for task in options.lm_eval.split(",") if task.strip()]
     results = {}
     for name in options.model:
-        opened = Opened(_resolve(name, options.model), options.device)
+        opened = Opened(_resolve(name, options.model), options.device, options.precision)
         results[name] = harness.run(
             opened.model,
             opened.tokenizer,

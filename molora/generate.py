@@ -316,7 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not 0 <= options.temperature < float("inf"):
         raise UserError(f"--temperature {options.temperature}: must be 0 (greedy) or a positive number")
     torch.manual_seed(options.seed)
-    model, tokenizer = load(options.model, device=options.device)
+    model, tokenizer = load(options.model, options.device, options.precision)
     console = Console(highlight=False)
     names = routing.names(model) if options.show_routing and hasattr(model, "molora") else []
     router = pick_router(names, options.routing_layer, options.routing_projection) if options.show_routing else None
@@ -366,7 +366,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--temperature", type=float, default=0.0, help="0, the default, always takes the likeliest token"
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
+    cli.add_model_options(parser)
     parser.add_argument(
         "--show-routing", action="store_true", help="colour each token by its leading expert; NO_COLOR=1 marks it <e>"
     )

@@ -9,9 +9,11 @@ Shape letters: B rows, T tokens, N positions with a label, H hidden size, V voca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,10 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from molora.data import Batch
+from molora.errors import UserError
 
 CHUNK_ELEMENTS = 2**26
 """Logits held at a time: 256 MB in fp32."""
@@ -102,10 +106,43 @@ def causal_lm_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
 
 
 def after_head(model: PreTrainedModel) -> tuple[float, float | None]:
-    """What ``model`` makes of its head's logits: a factor (Cohere, Granite), then a softcap (Gemma 2) if not None."""
+    """What ``model`` makes of its head's logits: a factor (Cohere, Falcon-H1, Granite), then a softcap (Gemma 2) if
+    not None."""
     config = model.config.get_text_config()
-    factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    named = (getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier"))
+    factor = math.prod(value for value in named if value) / (getattr(config, "logits_scaling", None) or 1)
     return factor, getattr(config, "final_logit_softcapping", None)
+
+
+class _Output(BaseModelOutputWithPast):
+    """A decoder's output of which only the hidden states are there, and what else a model asks it for is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Raises :class:`UserError` where ``model`` makes other logits of hidden states than this loss does.
+
+    Its own forward is asked, with random hidden states in place of the decoder, so it costs the same for all sizes.
+    """
+    head: Any = model.get_output_embeddings()
+    draw, config = torch.Generator().manual_seed(0), model.config.get_text_config()
+    hidden = torch.randn(1, 4, config.hidden_size, generator=draw).to(model.device, head.weight.dtype)
+    ids = torch.zeros(1, 4, dtype=torch.int64, device=model.device)
+    with mock.patch.object(model.base_model, "forward", lambda *_, **__: _Output(last_hidden_state=hidden)):
+        theirs = model(input_ids=ids, use_cache=False).logits
+    factor, softcap = after_head(model)
+    ours = head(hidden * factor)
+    ours = ours if softcap is None else softcap * torch.tanh(ours / softcap)
+    rounding = torch.finfo(hidden.dtype).eps ** 0.5 * theirs.abs().max()
+    if theirs.shape != ours.shape or not (ours.float() - theirs.float()).abs().max() <= rounding:
+        raise UserError(
+            f"{config.model_type} models make their logits in a way that this loss does not know: it knows a linear "
+            "head, a factor (logit_scale; 1 / logits_scaling; lm_head_multiplier) and final_logit_softcapping"
+        )
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from molora.config import Config
 from molora.data import Batch, Row
 from molora.distributed import World
 from molora.errors import UserError
-from molora.loss import causal_lm_loss
+from molora.loss import causal_lm_loss, check_head
 from molora.patch import compile_layers, parameter_groups
 
 
@@ -65,6 +65,7 @@ class Trainer:
 
         seed_everything(config.seed)
         self.model, self.tokenizer = adapter.build(config)
+        check_head(self.model)
         if start is not None:
             adapter.load_weights(self.model, start)
         self._share_model()
@@ -116,10 +117,14 @@ class Trainer:
         )
 
     def _share_model(self) -> None:
-        """Spread the model over the processes, if it is to be."""
+        """Spread the model over the processes, if it is to be: one base, then, not the files of another machine."""
         world, self._add_spread = self.world, None
-        if world.size > 1 and self.config.training.parallel == "fsdp":
-            self.model.molora_base_fingerprint = adapter.base_fingerprint(self.model)  # type: ignore[assignment]
+        if world.size == 1:
+            return
+        fingerprint = adapter.base_fingerprint(self.model)
+        world.require_same("base model", fingerprint, "give all the same files of model_name")
+        if self.config.training.parallel == "fsdp":
+            self.model.molora_base_fingerprint = fingerprint  # type: ignore[assignment]
             distributed.shard(self.model, world)
             self._add_spread = world.sum
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora import provenance
+from molora import cli, provenance
 from molora.adapter import load
 from molora.config import Config
 from molora.config import Data as DataConfig
@@ -49,7 +49,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--permutations", type=int, default=999, metavar="N",
                         help="of the domain labels, for what chance gives (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the permutations (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
+    cli.add_model_options(parser)
     parser.set_defaults(command=command)
 
 
@@ -64,7 +64,7 @@ def command(options: argparse.Namespace) -> None:
     tokenizer: Any = None
     for name, folder in short_names(options.model).items():
         print(f"{name}: reads {sum(map(len, data.values()))} rows …", flush=True)
-        model, tokenizer = load(folder, device=options.device)
+        model, tokenizer = load(folder, options.device, options.precision)
         seen[name] = observe(model, tokenizer, data, max_length=options.max_length, batch_size=options.batch_size)
         del model
     numbers = {

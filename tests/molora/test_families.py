@@ -13,10 +13,11 @@ import molora
 from molora import preflight
 from molora.config import Config
 from molora.data import Collate, Example, Examples
+from molora.errors import UserError
 from molora.evaluate import answer_losses
 from molora.families import FAMILIES, family_of
 from molora.layers import LoraLinear
-from molora.loss import causal_lm_loss
+from molora.loss import causal_lm_loss, check_head
 from molora.packing import pack
 
 TINY = {
@@ -175,6 +176,7 @@ def test_the_tiny_models_are_built_as_their_family_is():
 def test_losses_of_training_and_evaluation_are_the_models_own(name, chat_tokenizer):
     """Windows, softcaps and factors included; rows packed and not. The tolerance is rounding of fp32."""
     model = tiny(name).requires_grad_(False)
+    check_head(model)
     draw = torch.Generator().manual_seed(1)
     ids = [torch.randint(3, 60, (length,), generator=draw, dtype=torch.int32) for length in (9, 6, 5)]
     rows = Examples([Example(row, row.clone(), "") for row in ids], 0, 0)
@@ -185,6 +187,13 @@ def test_losses_of_training_and_evaluation_are_the_models_own(name, chat_tokeniz
         assert tokens == sum(map(len, ids)) - len(ids)
         torch.testing.assert_close(total, torch.stack(own).sum())
     torch.testing.assert_close(answer_losses(model, collate(rows.rows)), torch.stack(own))
+
+
+def test_a_head_with_a_factor_of_its_own_is_refused():
+    """Of one name with Granite's, by which logits are divided there and multiplied here."""
+    config = AutoConfig.for_model("hyperclovax", **TINY, logits_scaling=0.5)
+    with pytest.raises(UserError, match="hyperclovax models make their logits in a way that this loss does not know"):
+        check_head(AutoModelForCausalLM.from_config(config))
 
 
 @pytest.mark.parametrize("name", MODELS)

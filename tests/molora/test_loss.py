@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -39,7 +41,7 @@ def test_softcap() -> None:
 def test_gradcheck(softcap: float | None) -> None:
     hidden, weight, targets = make_problem(torch.float64)
     assert torch.autograd.gradcheck(
-        lambda h: loss.frozen_head_cross_entropy(h, weight, targets, softcap=softcap, chunk=4),  # type: ignore[misc]
+        functools.partial(loss.frozen_head_cross_entropy, weight=weight, targets=targets, softcap=softcap, chunk=4),
         hidden,
     )
 
