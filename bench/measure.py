@@ -68,13 +68,19 @@ def interleaved(
     """Times of each variant's parts, ``rounds`` times in turn, after ``warmup`` rounds that do not count.
 
     Each round has an order of its own, so that what a variant leaves in caches and in the allocator falls on all alike,
-    and starts without gradients. On CUDA the parts are measured on the device, by events; before each of them
-    the L2 cache is flushed, and the device is kept busy while the part is being queued.
+    and starts without gradients. Each reads new tokens, as a step of training does: a library that compiles for the
+    number of rows an expert gets (oneDNN) has then to do so as it would there. On CUDA the parts are measured on the
+    device, by events; before each of them the L2 cache is flushed, and the device is kept busy while the part is being
+    queued.
     """
     timings = {name: Timing() for name in variants}
     clock = _DeviceClock(x.device) if x.is_cuda else _Clock()
     shuffled = random.Random(0)
+    draw = torch.Generator(x.device).manual_seed(0)
+    x = x.clone()
+    largest = None if x.is_floating_point() else int(x.max())
     for round_ in tqdm(range(-warmup, rounds), desc="rounds", disable=None):
+        x.normal_(generator=draw) if largest is None else x.random_(largest + 1, generator=draw)
         for name, variant in shuffled.sample(list(variants.items()), len(variants)):
             for leaf in variant.leaves:
                 leaf.grad = None
