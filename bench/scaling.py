@@ -1,10 +1,16 @@
-"""``python -m bench.scaling``: memory and bytes of the recipe on 1 to 1,024 GPUs, from formulas (docs/scaling.md)."""
+"""``python -m bench.scaling``: the recipe on 1 to 1,024 GPUs, from formulas: memory, bytes, time (docs/scaling.md)."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
+
+from bench.report import RESULTS
 
 GB = 1e9
+MEASURED = RESULTS / "step-cuda-bf16-stage2-checkpointing.json"
+"""Micro-batches of the recipe on one GPU; where this result is there, time is worked out from it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,67 @@ def sent(m: Shape, gpus: int, parallel: str) -> float:
     return ring * MICRO_BATCHES * (2 * layers + 2 * 2 * words(m) + 4 * adapters)
 
 
+@dataclass(frozen=True)
+class Device:
+    """Rates of a data sheet."""
+
+    name: str
+    flops: float
+    """A second, dense, 16 bits."""
+    inside: float
+    """Bytes a second that a GPU sends to the seven others of its machine."""
+    outside: float
+    """And to other machines."""
+
+    def sending(self, gpus: int) -> float:
+        return self.inside if gpus <= 8 else self.outside
+
+
+H100 = Device("H100 SXM", 989e12, 450e9, 50e9)
+
+
+def flops(m: Shape) -> float:
+    """Arithmetic of one GPU's step. Frozen linears: forward, again in backward, and the gradient of their input;
+    experts (all E of them, the dense form) and LoRA their weights' gradient besides; causal attention a forward,
+    again, and twice that in backward; head and its gradient for every token, labels or not."""
+    tokens = MICRO_BATCHES * ROWS * TOKENS
+    layer = 6 * layer_base(m) + 8 * layer_adapters(m) + 4 * 2 * TOKENS * m.hidden
+    return tokens * (m.layers * layer + 4 * words(m))
+
+
+def rate(result: dict[str, Any]) -> float:
+    """FLOP/s of a step of ``python -m bench step`` with these micro-batches of the 3B base."""
+    shape = result["shape"]
+    if (shape["model"], shape["rows"], shape["length"]) != ("llama3.2-3b", ROWS, TOKENS):
+        raise ValueError(f"a step of {shape}, not of the recipe's micro-batch")
+    (row,) = (row for row in result["rows"] if row["variant"] == "molora")
+    return flops(MODELS["3B"]) / (1e-3 * (MICRO_BATCHES * row["total_ms"] + row["update_ms"]))
+
+
+def seconds(m: Shape, gpus: int, parallel: str, device: Device, flop_rate: float) -> tuple[float, float]:
+    """Of a step: with all sending hidden behind computing, and with none. ``ddp`` sends after the last backward."""
+    computing, sending = flops(m) / flop_rate, sent(m, gpus, parallel) / device.sending(gpus)
+    return computing + sending if parallel == "ddp" else max(computing, sending), computing + sending
+
+
+def times(device: Device = H100) -> str:
+    measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else None
+    flop_rate = rate(measured) if measured else device.flops
+    lines = [
+        f"Computing at {flop_rate / 1e12:,.0f} TFLOP/s "
+        + (f"(measured: {measured['provenance']['gpu']})" if measured else f"({device.name}'s data sheet)"),
+        "",
+        "| base | GPUs | ddp: s a step | fsdp: s a step, gathers hidden | none hidden | ddp: rows a second | fsdp |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, m in MODELS.items():
+        for gpus in (1, 2, 8, 64, 1024):
+            (ddp, _), (least, most) = (seconds(m, gpus, p, device, flop_rate) for p in ("ddp", "fsdp"))
+            rows = [f"{gpus * MICRO_BATCHES * ROWS / s:,.0f}" for s in (ddp, least)]
+            lines.append(f"| {name} | {gpus:,} | {ddp:.2f} | {least:.2f} | {most:.2f} | {rows[0]} | {rows[1]} |")
+    return "\n".join(lines)
+
+
 def table() -> str:
     lines = [
         "| base | GPUs | ddp: GB on each | ddp: GB sent a step | fsdp: GB on each | fsdp: GB sent a step |",
@@ -84,4 +151,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), times(), sep="\n\n")

@@ -9,7 +9,8 @@ it goes on from the second step of another run, that run's folder. In a run whos
 - ``compiled``, layers are whole graphs, run by PyTorch's own operators: a compiler would take minutes;
 - ``uncached``, no process tokenises rows before all have come to it;
 - ``rank N killed``, that process is, in the third step;
-- ``rank N without compiler``, that process finds none.
+- ``rank N without compiler``, that process finds none;
+- ``rank N with another base``, its embedding is another.
 
 Each process writes the dropout seeds of each step to FOLDER/<name>.<rank>.json.
 """
@@ -31,7 +32,7 @@ import pytest
 import torch
 
 import molora_kernels
-from molora import cli, config, data, distributed, train, trainer
+from molora import adapter, cli, config, data, distributed, train, trainer
 from molora.patch import compile_layers
 from molora.trainer import Trainer
 
@@ -100,6 +101,17 @@ def meet(patch: pytest.MonkeyPatch, folder: Path, world: distributed.World) -> N
     patch.setattr(data, "encode_rows", encode)
 
 
+def change_base(patch: pytest.MonkeyPatch) -> None:
+    build = adapter.build
+
+    def changed(settings: config.Config) -> Any:
+        model, tokenizer = build(settings)
+        model.get_input_embeddings().weight.data.neg_()
+        return model, tokenizer
+
+    patch.setattr(adapter, "build", changed)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     with distributed.joined() as world:
@@ -116,6 +128,8 @@ def main() -> None:
                     kill(patch)
                 if f"rank {world.rank} without compiler" in name:
                     patch.setenv("CXX", "no-such-compiler")
+                if f"rank {world.rank} with another base" in name:
+                    change_base(patch)
                 if "compiled" in name:
                     patch.setattr(
                         trainer, "compile_layers", partial(compile_layers, backend="aot_eager", fullgraph=True)

@@ -340,6 +340,15 @@ def test_a_process_without_the_others_compiler_is_refused(tiny_model_dir: Path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_process_with_another_base_is_refused(tiny_model_dir: Path, rows: Path, tmp_path: Path) -> None:
+    given = arguments(tiny_model_dir, rows, tmp_path / "run")
+    code, _, err = run_all(tmp_path, {"rank 1 with another base": (given, None)})
+    assert code != 0
+    assert err.count("error: the processes differ in base model: ") == 1, err
+    assert "give all the same files of model_name" in err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("values", "told"),
     [
