@@ -30,7 +30,7 @@ RIDGE = {80: 156, 86: 76, 89: 164, 90: 295, 100: 281, 120: 117}
 CPU_RIDGE = {False: {4: 56, 2: 80}, True: {4: 100, 2: 600}}
 """Rank left out per visit of a row from which moving the row pays, measured on a CPU without and with matrix units
 (AMX), for elements of 4 and of 2 bytes. The faster the products, the more must be spared; and for matrix units oneDNN
-compiles, in a millisecond or more, for each number of rows that it has not met lately."""
+compiles 16-bit products, in a millisecond, for each number of rows that it has not met lately."""
 CPU_ROWS = 256
 """Rows that a group has on average from which its products run at full speed; with fewer, more has to be spared."""
 
