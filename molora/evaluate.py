@@ -441,7 +441,7 @@ def _write(options: argparse.Namespace, baseline: str, results: Results, tasks: 
             entries.append(entry)
     tree: dict[str, Any] = {
         "provenance": provenance.collect(Config(data=DataConfig(path=options.bench))),
-        "settings": {name: getattr(options, name) for name in ("max_new_tokens", "batch_size", "limit")},
+        "settings": {name: getattr(options, name) for name in ("max_new_tokens", "batch_size", "limit", "precision")},
         "baseline": baseline,
         "method": METHOD,
         "results": entries,

@@ -124,7 +124,7 @@ class Trainer:
         fingerprint = adapter.base_fingerprint(self.model)
         world.require_same("base model", fingerprint, "give all the same files of model_name")
         if self.config.training.parallel == "fsdp":
-            self.model.molora_base_fingerprint = fingerprint  # type: ignore[assignment]
+            self.model.molora_base_fingerprint = fingerprint  # type: ignore[assignment] # a plain attribute
             distributed.shard(self.model, world)
             self._add_spread = world.sum
 
