@@ -21,6 +21,7 @@ COMMANDS = {
     "decode": "bench.decode",
     "metrics": "bench.metrics",
     "compile": "bench.compile",
+    "tune": "bench.tune",
 }
 
 

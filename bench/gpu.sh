@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # What needs a CUDA GPU, from a checkout or a copy of one, in under 9 minutes together:
 #
-#   bench/gpu.sh [PART…]      default: all three
+#   bench/gpu.sh [PART…]      default: tests core more sanitize
 #     tests      every kernel on the device against the fp64 reference, small and at real sizes
-#     bench      benchmarks at Llama-3.2-3B's shapes, what decides most first
+#     core       the block, its operations and a training step at Llama-3.2-3B's shapes
+#     more       what changes with tokens, experts, dropout, the other stage; torch.compile
 #     sanitize   compute-sanitizer over one small case of each operation
+#     tune       tiles that kernels could have beside those they have (see bench/tune.py)
+#
+# MOLORA_GPU_SECONDS, 530 by default, is what all of it may take; what comes last is cut.
 #
 # A red test does not cost the benchmarks: each holds what it times to fp64 itself, and what is wrong gets no time. The
 # exit status is that of the first step that failed or ran out of time.
@@ -21,9 +25,11 @@ out=$(realpath -m "${OUT:-outputs/gpu}")
 cd "$(dirname "$0")/.." || exit
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TRITON_DEFAULT_FP_FUSION=1
 unset TRITON_INTERPRET
-parts=${*:-tests bench sanitize}
+parts=${*:-tests core more sanitize}
 for part in $parts; do
-  case $part in tests | bench | sanitize) ;; *) echo "no part $part: tests, bench or sanitize" && exit 2 ;; esac
+  case $part in tests | core | more | sanitize | tune) ;;
+    *) echo "no part $part: tests, core, more, sanitize or tune" && exit 2 ;;
+  esac
 done
 everything=$(mktemp -d)/gpu
 mkdir -p "$out" "$everything"
@@ -31,7 +37,7 @@ trap 'rm -rf "$(dirname "$everything")"' EXIT
 
 failed=0
 step() { # step NAME SECONDS COMMAND…: as long as that, and as the whole script may take; its log and status are kept
-  local name=$1 most=$2 left=$((530 - SECONDS)) status
+  local name=$1 most=$2 left=$((${MOLORA_GPU_SECONDS:-530} - SECONDS)) status
   shift 2
   if [ "$left" -lt 5 ]; then
     echo "no time left for: $*" >"$everything/$name.log"
@@ -40,7 +46,7 @@ step() { # step NAME SECONDS COMMAND…: as long as that, and as the whole scrip
     timeout -k 5 "$((most < left ? most : left))" "$@" >"$everything/$name.log" 2>&1
     status=$?
   fi
-  grep -v rounds: "$everything/$name.log" | tail -n 30
+  grep -v rounds: "$everything/$name.log" | tail -n 40
   echo "== $name: exit $status after $SECONDS s"
   [ "$failed" -ne 0 ] || failed=$status
   tar -czf "$everything.tar.gz" -C "$(dirname "$everything")" gpu && mv -f "$everything.tar.gz" "$out/gpu.tar.gz"
@@ -64,10 +70,10 @@ tests() {
   # of more elements than an int32 counts up to 40, so they come one after the other.
   # shellcheck disable=SC2046 # "-n 14" is two words
   {
-    OMP_NUM_THREADS=1 step tests-small 160 "${pytest[@]}" -m "not gpu" $(workers 14) "${on_the_device[@]}"
-    OMP_NUM_THREADS=2 step tests-real 120 "${pytest[@]}" -m gpu -k "not more_elements and not sanitizer" $(workers 5) \
+    OMP_NUM_THREADS=1 step tests-small 110 "${pytest[@]}" -m "not gpu" $(workers 14) "${on_the_device[@]}"
+    OMP_NUM_THREADS=2 step tests-real 80 "${pytest[@]}" -m gpu -k "not more_elements and not sanitizer" $(workers 5) \
       "${on_the_device[@]}"
-    step tests-large 60 "${pytest[@]}" -m gpu -k more_elements "${on_the_device[@]}"
+    step tests-large 45 "${pytest[@]}" -m gpu -k more_elements "${on_the_device[@]}"
   }
 }
 
@@ -81,21 +87,24 @@ measure() { # measure NAME SECONDS COMMAND ARGUMENTS…
   step "$name" "$most" python3 -m bench "$@" --threads "$(nproc)" --json "$everything/$name.json"
   if [[ " ${main[*]} " == *" $name "* && -e $everything/$name.json ]]; then cp "$everything/$name.json" "$out/"; fi
 }
-bench() {
-  local shapes=(--device cuda --dtype bf16 --hidden 3072 --intermediate 8192)
-  local model=(--device cuda --dtype bf16 --model llama3.2-3b --warmup 2 --rounds 5)
-  local forms=(molora "molora dense" "molora grouped" "dense eager")
+shapes=(--device cuda --dtype bf16 --hidden 3072 --intermediate 8192)
+model=(--device cuda --dtype bf16 --model llama3.2-3b --warmup 2 --rounds 5)
+forms=(molora "molora dense" "molora grouped" "dense eager")
+core() {
   local eager=("${forms[@]}" "transformers LlamaMLP" "naive loop" "loop with index_select" "PEFT LoRA r=64"
     "PEFT LoRA r=128" eulerforge mixlora moe-peft)
-  measure mlp-cuda-bf16 110 mlp "${shapes[@]}" --tokens 8192 --only "${eager[@]}"
-  measure step-cuda-bf16-stage2 110 step "${model[@]}" --rows 8 --length 1024 --checkpointing none
+  measure mlp-cuda-bf16 90 mlp "${shapes[@]}" --tokens 8192 --only "${eager[@]}"
+  measure op-cuda-bf16 60 op "${shapes[@]}" --tokens 8192
+  measure step-cuda-bf16-stage2 110 step "${model[@]}" --rows 8 --length 1024 --checkpointing none \
+    --only molora "molora grouped" "PEFT LoRA r=64" "PEFT LoRA r=128"
+  measure expand-cuda-bf16 40 expand --device cuda --dtype bf16 --tokens 8192
+}
+more() {
   measure sweep-cuda-bf16-experts 110 sweep --over experts "${shapes[@]}" --tokens 8192 --rounds 10 --only "${forms[@]}"
   measure sweep-cuda-bf16-tokens 90 sweep --over tokens "${shapes[@]}" --rounds 10 \
     --only "${forms[@]}" "PEFT LoRA r=128"
   measure mlp-cuda-bf16-dropout 60 mlp "${shapes[@]}" --tokens 8192 --dropout 0.05 \
     --only molora "molora grouped" "PEFT LoRA r=64"
-  measure expand-cuda-bf16 40 expand --device cuda --dtype bf16 --tokens 8192
-  measure op-cuda-bf16 75 op "${shapes[@]}" --tokens 8192
   measure step-cuda-bf16-stage1 75 step "${model[@]}" --rows 10 --length 512 --checkpointing none \
     --only molora "PEFT LoRA r=64"
   # What a card of 24 GB has to run.
@@ -103,6 +112,12 @@ bench() {
     --checkpointing non_reentrant --only molora
   # Last: nobody knows how long it compiles.
   measure mlp-cuda-bf16-compile 110 mlp "${shapes[@]}" --tokens 8192 --only molora "dense torch.compile"
+}
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+tune() {
+  step tune-cuda-bf16 110 python3 -m bench tune --seconds 60 --json "$everything/tune-cuda-bf16.json"
 }
 
 # --- compute-sanitizer -----------------------------------------------------------------------------------------------

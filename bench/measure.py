@@ -177,6 +177,27 @@ def spent(variant: Variant, x: Tensor, upstream: Outputs, most: int = 4) -> dict
     return {key.removeprefix("aten::"): round(taken[key] / whole, 3) for key in largest} if whole else {}
 
 
+def kernels(variant: Variant, x: Tensor, upstream: Outputs, most: int = 40) -> dict[str, tuple[int, float]]:
+    """Of a forward and backward on CUDA, the kernels that took longest: how often each ran, and its milliseconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        variant.backward(variant.forward(input_leaf(x)), upstream)
+        torch.cuda.synchronize(x.device)
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    return {e.key[:120]: (e.count, round(1e-3 * e.self_device_time_total, 4)) for e in events[:most]}
+
+
+def out_of_memory(variant: Variant, x: Tensor, upstream: Outputs) -> str:
+    """Runs a round; what the device says if it has no memory for one, else nothing."""
+    try:
+        variant.backward(variant.forward(input_leaf(x)), upstream)
+    except torch.OutOfMemoryError as error:
+        return str(error).splitlines()[0]
+    finally:
+        for leaf in variant.leaves:
+            leaf.grad = None
+    return ""
+
+
 def median_ratio(ours: list[float], base: list[float]) -> tuple[float, float, float]:
     """Median, lower and upper quartile of the ratio, round by round."""
     ratios = [a / b for a, b in zip(ours, base, strict=True)]
@@ -215,6 +236,7 @@ def rows(
             row["update_ms"] = round(statistics.median(timing.update), 3)
         if x.is_cuda:
             row["host_ms"] = round(statistics.median(timing.host), 3)
+            row["kernels"] = kernels(variants[name], x, upstream)
         peak = peak_mib(variants[name], x, upstream)
         made.append(row if peak is None else row | {"peak_mib": round(peak, 1)})
     return made

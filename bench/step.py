@@ -363,6 +363,10 @@ def measured(
         variants = {name: step.variant(batch) for name, step in steps.items()}
         upstream = torch.ones((), device=shape.device)
         weights = list(chain(base.parameters(), base.buffers()))
+        for name, variant in list(variants.items()):
+            if why := measure.out_of_memory(variant, batch.input_ids, upstream):
+                absent[name] = f"it needs more memory than there is: {why}"
+                del variants[name]
         rows = measure.rows(variants, batch.input_ids, upstream, weights, base=BASE, rounds=rounds, warmup=warmup)
     for row in rows:
         step = steps[row["variant"]]
