@@ -144,7 +144,7 @@ def saved_mib(variant: Variant, x: Tensor, weights: Iterable[Tensor]) -> float:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold the node that holds it, for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = variant.forward(input_leaf(x))

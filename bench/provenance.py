@@ -18,12 +18,12 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "eulerforge", "mixlora", 
 def provenance() -> dict[str, Any]:
     """Command, commit and versions; ``uncommitted_changes`` concerns tracked files that are no results.
 
-    A copy of the code that is no checkout is told its commit by the environment variable ``MOLORA_COMMIT``.
+    A copy of the code is told its commit, whatever it holds besides, by the environment variable ``MOLORA_COMMIT``.
     """
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results")
     return {
         "command": " ".join(["python", *sys.orig_argv[1:]]),
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("MOLORA_COMMIT"),
+        "commit": os.environ.get("MOLORA_COMMIT") or _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changed is None else bool(changed),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
