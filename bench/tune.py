@@ -151,6 +151,21 @@ def _swiglu(*, backward: bool) -> Callable[[Shape], Callable[[], Any]]:
     return prepare
 
 
+def _swiglu_weights(shape: Shape) -> Callable[[], Any]:
+    block = importlib.import_module("molora_kernels.mlp_block.backward")
+    T, N, R, Q = shape.tokens, shape.intermediate, _mixture(shape), shape.experts
+    gate, up, dh = (_normal(shape, T + i, N)[i:] for i in range(3))
+    gated, ds, dlogits = (_normal(shape, T, columns) for columns in (2 * R, R, Q))
+    dlogits = dlogits.float()
+
+    def call() -> Any:
+        tile = block.swiglu_weights_tiles(R, dlogits, dh.dtype, (9, 0))
+        found = block.swiglu_weights_backward(gate, up, dh.clone(), gated, ds, dlogits, *_drop(shape), tile)
+        return torch.cat([found[2].sum(0).flatten(), found[3].sum(0).flatten()])
+
+    return call
+
+
 def _grouped(what: str, features: str) -> Callable[[Shape], Callable[[], Any]]:
     """Of one projection: the shrink over ``features``, the expand to them, or an expert's weight gradient."""
 
@@ -197,11 +212,22 @@ def _elementwise() -> Iterator[Candidate]:
         yield {f"{module}:{name}": value for module in modules for name, value in settings.items()}
 
 
+def _swiglu_weights_tiles() -> Iterator[Candidate]:
+    from molora_kernels._triton.tiles import Tiles
+
+    path = "molora_kernels.mlp_block.backward:swiglu_weights_tiles"
+    for (rows, warps), stages, programs in itertools.product(
+        ((32, 8), (32, 16), (16, 8)), (1, 2, 3, 4), (128, 256, 512)
+    ):
+        tile = Tiles(rows, 64, 128, warps, stages)
+        yield {path: tile, f"{TILES}:SPLIT_PROGRAMS": programs}
+
+
 def _gate_rows() -> Iterator[Candidate]:
     from molora_kernels._triton.tiles import Tiles
 
     module = "molora_kernels.grouped_lora.gating"
-    for rows, columns, warps in itertools.product((8, 16, 32, 64), (64, 128), (2, 4, 8)):
+    for rows, columns, warps in itertools.product((8, 16, 32), (64, 128), (4, 8)):
         tile = Tiles(rows, 0, columns, num_warps=warps)
         yield {
             f"{module}:GATE_ROWS": rows, f"{module}:GATE_COLUMNS": columns,
@@ -213,75 +239,83 @@ def _mixture(shape: Shape) -> int:
     return shape.experts * shape.rank
 
 
+WARPS, STAGES = (4, 8), (2, 3, 4)
+
 TARGETS = {
     "route+shrink gate/up": Target(
         _route_and_shrink("hidden", 2),
-        _tiles("shrink_tiles", block_t=(32, 64, 128), block_k=(32, 64, 128), block_n=(256,), num_warps=(4, 8),
-               num_stages=(2, 3, 4, 5)),
+        _tiles("shrink_tiles", block_t=(64, 128), block_k=(32, 64), block_n=(256,), num_warps=WARPS,
+               num_stages=(3, 4, 5)),
     ),
     "route+shrink down": Target(
         _route_and_shrink("intermediate", 1),
-        _tiles("shrink_tiles", block_t=(32, 64, 128), block_k=(32, 64, 128), block_n=(128,), num_warps=(4, 8),
-               num_stages=(2, 3, 4, 5)),
+        _tiles("shrink_tiles", block_t=(64, 128), block_k=(64, 128), block_n=(128,), num_warps=WARPS,
+               num_stages=(3, 4, 5)),
     ),
     "shrink q/k/v": Target(
         _shrink(3),
-        _tiles("shrink_tiles", block_t=(32, 64, 128), block_k=(64, 128), block_n=(128,), num_warps=(4, 8),
+        _tiles("shrink_tiles", block_t=(32, 64), block_k=(64, 128), block_n=(128,), num_warps=WARPS,
                num_stages=(3, 4, 5)),
     ),
     "shrink o": Target(
         _shrink(1),
-        _tiles("shrink_tiles", block_t=(32, 64, 128), block_k=(64, 128), block_n=(32,), num_warps=(4, 8),
+        _tiles("shrink_tiles", block_t=(32, 64), block_k=(64, 128), block_n=(32,), num_warps=(4,),
                num_stages=(3, 4, 5)),
     ),
     "dA gate/up": Target(
         _weights("hidden", lambda s: 2 * _mixture(s), 2),
-        _tiles("weight_tiles", block_t=(32, 64, 128), block_k=(64, 128), block_n=(256,), num_warps=(4, 8),
-               num_stages=(2, 3, 4), SPLIT_PROGRAMS=(128, 256)),
+        _tiles("weight_tiles", block_t=(32, 64), block_k=(64, 128), block_n=(256,), num_warps=WARPS, num_stages=STAGES,
+               SPLIT_PROGRAMS=(128, 256)),
     ),
     "dA down": Target(
         _weights("intermediate", _mixture, 1),
-        _tiles("weight_tiles", block_t=(32, 64, 128), block_k=(64, 128), block_n=(128,), num_warps=(4, 8),
-               num_stages=(2, 3, 4), SPLIT_PROGRAMS=(128, 256, 512)),
+        _tiles("weight_tiles", block_t=(32, 64, 128), block_k=(64, 128), block_n=(128,), num_warps=WARPS,
+               num_stages=(2, 4), SPLIT_PROGRAMS=(128, 256)),
     ),
     "dB gate": Target(
         _weights("intermediate", _mixture, 0, transposed=True),
-        _tiles("weight_tiles", block_t=(32, 64, 128), block_k=(64, 128), block_n=(128,), num_warps=(4, 8),
-               num_stages=(2, 3, 4), SPLIT_PROGRAMS=(128, 256, 512)),
+        _tiles("weight_tiles", block_t=(32, 64, 128), block_k=(64, 128), block_n=(128,), num_warps=WARPS,
+               num_stages=(2, 4), SPLIT_PROGRAMS=(128, 256)),
+    ),
+    "dB down": Target(
+        _weights("hidden", _mixture, 0, transposed=True),
+        _tiles("weight_tiles", block_t=(64, 128), block_k=(64, 128), block_n=(128,), num_warps=WARPS,
+               num_stages=(2, 4), SPLIT_PROGRAMS=(128, 256)),
     ),
     "dA q/k/v": Target(
         _weights("hidden", lambda s: 3 * s.rank, 0),
-        _tiles("weight_tiles", block_t=(64, 128), block_k=(64, 128), block_n=(128,), num_warps=(4, 8),
-               num_stages=(2, 3, 4), SPLIT_PROGRAMS=(128, 256, 512)),
+        _tiles("weight_tiles", block_t=(64,), block_k=(64, 128), block_n=(128,), num_warps=WARPS, num_stages=(2, 4),
+               SPLIT_PROGRAMS=(128, 256)),
     ),
     "dx gate/up": Target(
         _input_grad("hidden", lambda s: 2 * _mixture(s), 2),
-        _tiles("input_tiles", block_t=(64, 128), block_k=(64, 128, 256), block_n=(32, 64), num_warps=(4, 8),
-               num_stages=(2, 3, 4)),
+        _tiles("input_tiles", block_t=(64, 128), block_k=(64, 128, 256), block_n=(32, 64, 128), num_warps=WARPS,
+               num_stages=(2, 3)),
     ),
     "dx down": Target(
         _input_grad("intermediate", _mixture, 1),
-        _tiles("input_tiles", block_t=(64, 128), block_k=(64, 128, 256), block_n=(32, 64, 128), num_warps=(4, 8),
+        _tiles("input_tiles", block_t=(64, 128), block_k=(64, 128, 256), block_n=(32, 64, 128), num_warps=WARPS,
                num_stages=(2, 3)),
     ),
     "gate": Target(_gate(2, backward=False), _gate_rows),
     "gate backward": Target(_gate(2, backward=True), _gate_rows),
     "swiglu": Target(_swiglu(backward=False), _elementwise),
     "swiglu backward": Target(_swiglu(backward=True), _elementwise),
+    "swiglu and weights": Target(_swiglu_weights, _swiglu_weights_tiles),
     "grouped shrink": Target(
         _grouped("shrink", "hidden"),
-        _tiles("set_shrink_tiles", block_t=(64,), block_k=(32, 64, 128), block_n=(64,), num_warps=(4, 8),
+        _tiles("set_shrink_tiles", block_t=(64,), block_k=(64, 128), block_n=(64,), num_warps=WARPS,
                num_stages=(2, 3, 4, 5)),
     ),
     "grouped expand": Target(
         _grouped("expand", "intermediate"),
-        _tiles("set_expand_tiles", block_t=(64,), block_k=(64,), block_n=(64, 128, 256), num_warps=(4, 8),
-               num_stages=(1, 2, 3)),
+        _tiles("set_expand_tiles", block_t=(64,), block_k=(64,), block_n=(64, 128, 256), num_warps=WARPS,
+               num_stages=(1, 2)),
     ),
     "grouped dA": Target(
         _grouped("dA", "hidden"),
-        _tiles("expert_weight_tiles", block_t=(32, 64, 128), block_k=(64, 128, 256), block_n=(32,), num_warps=(4, 8),
-               num_stages=(2, 3, 4), SPLIT_PROGRAMS=(256, 512)),
+        _tiles("expert_weight_tiles", block_t=(64, 128), block_k=(64, 128), block_n=(32,), num_warps=WARPS,
+               num_stages=(2, 4), SPLIT_PROGRAMS=(256, 512)),
     ),
 }  # fmt: skip
 
@@ -357,7 +391,7 @@ def _timed(name: str, shape: Shape, candidate: Candidate, expected: Tensor | Non
             error = (found.float() - expected.float()).norm() / expected.float().norm()
             if not error < 0.02:
                 return row | {"wrong": error.item()}, found
-        row["ms"] = do_bench(call, warmup=5, rep=20, return_mode="median")
+        row["ms"] = do_bench(call, warmup=2, rep=8, return_mode="median")
     return row, found
 
 

@@ -100,9 +100,13 @@ class Sets:
     def by_expert(self) -> tuple[Tensor, Tensor]:
         """The T k (token, slot) pairs sorted by expert, as ``token * k + slot`` (T k,), and where each expert's begin
         (E + 1,); both int64. Sorted when first asked for: forward has no use for them, backward several."""
-        experts, pairs = self.chosen.flatten().sort(stable=True)
-        starts = torch.arange(self.slots.shape[1] + 1, device=experts.device)
+        experts, pairs = self.chosen.flatten().to(torch.uint8).sort(stable=True)
+        starts = torch.arange(self.slots.shape[1] + 1, dtype=torch.uint8, device=experts.device)
         return pairs, torch.searchsorted(experts, starts)
+
+
+def _narrowest(bits: int) -> torch.dtype:
+    return torch.uint8 if bits <= 8 else torch.int32 if bits < 32 else torch.int64
 
 
 def sets_of(gates_TE: Tensor, top_k: int, rows: int) -> Sets:
@@ -114,11 +118,11 @@ def sets_of(gates_TE: Tensor, top_k: int, rows: int) -> Sets:
     like = gates_TE.device
     chosen = torch.empty(T, top_k, dtype=torch.int64, device=like)
     slots = torch.empty(T, E, dtype=torch.int8, device=like)
-    sets = torch.empty(T, dtype=torch.int64, device=like)
+    sets = torch.empty(T, dtype=_narrowest(E), device=like)  # a sort takes a pass for each byte
     experts = torch.empty(tiles, E, dtype=torch.int32, device=like)
     counts = torch.empty(tiles, dtype=torch.int32, device=like)
     if not T:
-        return Sets(chosen, slots, sets, experts, counts, rows)
+        return Sets(chosen, slots, torch.empty(T, dtype=torch.int64, device=like), experts, counts, rows)
     with launching_on(like):
         choices_kernel[(triton.cdiv(T, CHOICES.block_t),)](
             gates_TE, chosen, slots, sets, T, gates_TE.stride(0), gates_TE.stride(1),
@@ -136,7 +140,7 @@ def compile_cases(_: Capability) -> Iterator[Case]:
         yield Case(
             kernel=choices_kernel,
             label=f"E={E} k={k}",
-            pointers=dict(p_gates=torch.float32, p_chosen=torch.int64, p_slots=torch.int8, p_sets=torch.int64),
+            pointers=dict(p_gates=torch.float32, p_chosen=torch.int64, p_slots=torch.int8, p_sets=_narrowest(E)),
             scalars=dict(T=8192, stride_t=2 * E, stride_e=1),
             constants=dict(TOP_K=k, E=E, E_PAD=next_power_of_2(E), BLOCK_T=CHOICES.block_t),
             tiles=CHOICES,
