@@ -151,21 +151,6 @@ def _swiglu(*, backward: bool) -> Callable[[Shape], Callable[[], Any]]:
     return prepare
 
 
-def _swiglu_weights(shape: Shape) -> Callable[[], Any]:
-    block = importlib.import_module("molora_kernels.mlp_block.backward")
-    T, N, R, Q = shape.tokens, shape.intermediate, _mixture(shape), shape.experts
-    gate, up, dh = (_normal(shape, T + i, N)[i:] for i in range(3))
-    gated, ds, dlogits = (_normal(shape, T, columns) for columns in (2 * R, R, Q))
-    dlogits = dlogits.float()
-
-    def call() -> Any:
-        tile = block.swiglu_weights_tiles(R, dlogits, dh.dtype, (9, 0))
-        found = block.swiglu_weights_backward(gate, up, dh.clone(), gated, ds, dlogits, *_drop(shape), tile)
-        return torch.cat([found[2].sum(0).flatten(), found[3].sum(0).flatten()])
-
-    return call
-
-
 def _grouped(what: str, features: str) -> Callable[[Shape], Callable[[], Any]]:
     """Of one projection: the shrink over ``features``, the expand to them, or an expert's weight gradient."""
 
@@ -210,17 +195,6 @@ def _elementwise() -> Iterator[Candidate]:
         settings = {"BLOCK": block, "TILES": Tiles(0, block, num_warps=warps)}
         modules = [f"molora_kernels.mlp_block.{side}" for side in ("forward", "backward")]
         yield {f"{module}:{name}": value for module in modules for name, value in settings.items()}
-
-
-def _swiglu_weights_tiles() -> Iterator[Candidate]:
-    from molora_kernels._triton.tiles import Tiles
-
-    path = "molora_kernels.mlp_block.backward:swiglu_weights_tiles"
-    for (rows, warps), stages, programs in itertools.product(
-        ((32, 8), (32, 16), (16, 8)), (1, 2, 3, 4), (128, 256, 512)
-    ):
-        tile = Tiles(rows, 64, 128, warps, stages)
-        yield {path: tile, f"{TILES}:SPLIT_PROGRAMS": programs}
 
 
 def _gate_rows() -> Iterator[Candidate]:
@@ -301,7 +275,6 @@ TARGETS = {
     "gate backward": Target(_gate(2, backward=True), _gate_rows),
     "swiglu": Target(_swiglu(backward=False), _elementwise),
     "swiglu backward": Target(_swiglu(backward=True), _elementwise),
-    "swiglu and weights": Target(_swiglu_weights, _swiglu_weights_tiles),
     "grouped shrink": Target(
         _grouped("shrink", "hidden"),
         _tiles("set_shrink_tiles", block_t=(64,), block_k=(64, 128), block_n=(64,), num_warps=WARPS,

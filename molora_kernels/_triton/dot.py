@@ -21,17 +21,19 @@ def dot(b_a, b_b, b_acc):
     if INTERPRETED:
         return b_acc + tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), input_precision="ieee")
     if b_a.dtype == tl.float32:
-        return _added(tl.dot(b_a, b_b, input_precision="ieee"), b_acc)
+        return dot_in_steps(b_a, b_b, b_acc)
     return tl.dot(b_a, b_b, b_acc)
 
 
 @triton.jit
-def _added(b_step, b_acc):
-    """``acc + step`` of a product on the fp32 units, as a sum of its own: each step of a long sum is added up first,
-    then added to what there is, so that errors grow with the number of steps and not of products (the summation in
-    blocks of Higham, Accuracy and Stability of Numerical Algorithms, 4.2). Spelled as ``acc + step``, Triton would make
-    the product begin from ``acc``."""
-    return tl.fma(b_step, 1.0, b_acc)
+def dot_in_steps(b_a, b_b, b_acc):
+    """``acc + a @ b`` as ``dot``, but each step of a long sum is added up first, then added to what there is: by the
+    fp32 units, which round to nearest (tensor cores truncate), and in fp32 with errors that grow with the number of
+    steps and not of products (the summation in blocks of Higham, Accuracy and Stability of Numerical Algorithms, 4.2).
+    Spelled as ``acc + step``, Triton would make the product begin from ``acc``."""
+    if INTERPRETED:
+        return dot(b_a, b_b, b_acc)
+    return tl.fma(tl.dot(b_a, b_b, input_precision="ieee"), 1.0, b_acc)
 
 
 @triton.jit
@@ -60,7 +62,7 @@ def dot_by_fp32(b_a, b_b, b_acc):
     which round to nearest.
     """
     if INTERPRETED or b_a.dtype == tl.float32:
-        return _added(tl.dot(b_a.to(tl.float32), b_b, input_precision="ieee"), b_acc)
+        return dot_in_steps(b_a.to(tl.float32), b_b, b_acc)
     if b_a.dtype == tl.bfloat16:
         b_high, b_middle, b_low = bf16_terms(b_b)
         b_step = tl.dot(b_a, b_middle, tl.dot(b_a, b_low))

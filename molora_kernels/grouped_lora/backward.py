@@ -19,9 +19,11 @@ from torch import Tensor
 
 from molora_kernels import dropout
 from molora_kernels._triton.cases import DTYPES, Case, short
-from molora_kernels._triton.dot import dot, dot_by_fp32, dot_fp32_by_fp32
+from molora_kernels._triton.dot import dot, dot_by_fp32, dot_fp32_by_fp32, dot_in_steps
 from molora_kernels._triton.dropout import kept, row_keys
+from molora_kernels._triton.planes import PLANES, planes
 from molora_kernels._triton.tiles import Capability, capability_of, launching_on
+from molora_kernels._triton.total import total
 from molora_kernels.grouped_lora import gating, portable, tiles
 from molora_kernels.grouped_lora.forward import cast_together, rows_contiguous
 
@@ -52,16 +54,20 @@ def weight_bwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """partials (SPLITS, P, K) = left (T, P)^T @ dropout(x) (T, K) and router_partials (SPLITS, Q, K) =
-    dlogits (T, Q)^T @ x, each split over its own run of rows, in one pass over x.
+    dlogits (T, Q)^T @ x, each split over its own run of rows, in one pass over x. dlogits are fp32, or three bf16
+    planes (3, T, Q) of it.
 
     Programs of the same columns of x are neighbours: they share x in the L2. With a router there is one block of P.
     Features are the rows of the product, whose fewest a wgmma takes is 64: P can be less.
     """
     i_p, i_k, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
-    o_q = tl.arange(0, BLOCK_Q)
+    o_q, o_plane = tl.arange(0, BLOCK_Q), tl.full([BLOCK_Q], 0, tl.int64)
+    if p_dlogits is not None:  # noqa: SIM102 # triton evaluates both sides of "and", and None has no dtype
+        if p_dlogits.dtype.element_ty == tl.bfloat16:
+            o_q, o_plane = o_q % (BLOCK_Q // PLANES), (o_q // (BLOCK_Q // PLANES)).to(tl.int64)
     o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    m_p, m_q, m_k = o_p < P, o_q < Q, o_k < K
+    m_p, m_q, m_k = o_p < P, (o_q < Q) & (o_plane < 3), o_k < K
 
     b_w = tl.zeros([BLOCK_K, BLOCK_P], dtype=tl.float32)
     b_router = tl.zeros([BLOCK_K, BLOCK_Q], dtype=tl.float32)
@@ -72,9 +78,12 @@ def weight_bwd_kernel(
         o_row = o_t.to(tl.int64)
         b_x = tl.load(p_x + o_row[:, None] * stride_xt + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)
         if p_dlogits is not None:
-            p_rows = p_dlogits + o_row[:, None] * Q + o_q[None, :]
+            p_rows = p_dlogits + (o_row[:, None] + (o_plane * T)[None, :]) * Q + o_q[None, :]
             b_dlogits = tl.load(p_rows, mask=m_t[:, None] & m_q[None, :], other=0.0)
-            b_router = dot_by_fp32(tl.trans(b_x), b_dlogits, b_router)
+            if p_dlogits.dtype.element_ty == tl.bfloat16:
+                b_router = dot_in_steps(tl.trans(b_x), b_dlogits, b_router)
+            else:
+                b_router = dot_by_fp32(tl.trans(b_x), b_dlogits, b_router)
         if p_left is not None:
             p_rows = p_left + o_row[:, None] * stride_lt + o_p[None, :]
             b_left = tl.load(p_rows, mask=m_t[:, None] & m_p[None, :], other=0.0)
@@ -89,8 +98,11 @@ def weight_bwd_kernel(
         o_out = o_split * P * K + o_p.to(tl.int64)[None, :] * stride_op + o_k.to(tl.int64)[:, None] * stride_ok
         tl.store(p_partials + o_out, b_w, mask=m_k[:, None] & m_p[None, :])
     if p_dlogits is not None:
+        if p_dlogits.dtype.element_ty == tl.bfloat16:
+            o_q = tl.arange(0, BLOCK_Q // PLANES)
+            b_router = tl.sum(tl.reshape(b_router, (BLOCK_K, PLANES, BLOCK_Q // PLANES)), axis=1)
         o_out = (o_split * Q + o_q)[None, :] * K + o_k[:, None]
-        tl.store(p_router_partials + o_out, b_router, mask=m_k[:, None] & m_q[None, :])
+        tl.store(p_router_partials + o_out, b_router, mask=m_k[:, None] & (o_q < Q)[None, :])
 
 
 @triton.jit
@@ -113,7 +125,7 @@ def input_bwd_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dx (T, K) = dropout(ds (T, P) @ a (P, K)) + dlogits (T, Q) @ router (Q, K)."""
+    """dx (T, K) = dropout(ds (T, P) @ a (P, K)) + dlogits (T, Q) @ router (Q, K), both fp32 or three bf16 planes."""
     blocks_k = tl.cdiv(K, BLOCK_K)
     i_k, i_t = tl.program_id(0) % blocks_k, tl.program_id(0) // blocks_k
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -132,14 +144,25 @@ def input_bwd_kernel(
         m_kept = kept(row_keys(p_seed, o_t, stream), i_k * BLOCK_K, threshold, BLOCK_K)
         b_dx = tl.where(m_kept, b_dx * keep_scale, 0.0)
     if p_dlogits is not None:
-        for i_q in range(tl.cdiv(Q, BLOCK_Q)):
-            o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            m_q = o_q < Q
-            p_rows = p_dlogits + o_row[:, None] * Q + o_q[None, :]
+        if p_dlogits.dtype.element_ty == tl.bfloat16:
+            # What a 16-bit result can show of a product of planes: high high, high middle and middle high.
+            o_pair, o_q = tl.arange(0, BLOCK_Q) // (BLOCK_Q // PLANES), tl.arange(0, BLOCK_Q) % (BLOCK_Q // PLANES)
+            m_q = (o_pair < 3) & (o_q < Q)
+            o_left, o_right = (o_pair == 2).to(tl.int64) * T, (o_pair == 1).to(tl.int64) * Q
+            p_rows = p_dlogits + (o_row[:, None] + o_left[None, :]) * Q + o_q[None, :]
             b_dlogits = tl.load(p_rows, mask=m_t[:, None] & m_q[None, :], other=0.0)
-            p_rows = p_router + o_q.to(tl.int64)[:, None] * K + o_k[None, :]
+            p_rows = p_router + (o_right + o_q)[:, None] * K + o_k[None, :]
             b_router = tl.load(p_rows, mask=m_q[:, None] & m_k[None, :], other=0.0)
-            b_dx = dot_fp32_by_fp32(b_dlogits, b_router, b_dx, p_dx.dtype.element_ty)
+            b_dx = dot(b_dlogits, b_router, b_dx)
+        else:
+            for i_q in range(tl.cdiv(Q, BLOCK_Q)):
+                o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+                m_q = o_q < Q
+                p_rows = p_dlogits + o_row[:, None] * Q + o_q[None, :]
+                b_dlogits = tl.load(p_rows, mask=m_t[:, None] & m_q[None, :], other=0.0)
+                p_rows = p_router + o_q.to(tl.int64)[:, None] * K + o_k[None, :]
+                b_router = tl.load(p_rows, mask=m_q[:, None] & m_k[None, :], other=0.0)
+                b_dx = dot_fp32_by_fp32(b_dlogits, b_router, b_dx, p_dx.dtype.element_ty)
     tl.store(p_dx + o_row[:, None] * K + o_k[None, :], b_dx.to(p_dx.dtype.element_ty), mask=m_t[:, None] & m_k[None, :])
 
 
@@ -178,7 +201,7 @@ def backward(
     )  # fmt: skip
     if need_dlora:
         db = expand_grads(dys_TN, gated, lora_b_NR)
-        da = _total(weight_partials(x_TK, ds, None, *drop)[0]).to(lora_a_RK[0].dtype)
+        da = total(weight_partials(x_TK, ds, None, *drop)[0], lora_a_RK[0].dtype)
     if need_dx:
         dx = input_grad(ds, a_PK, None, None, *drop)
         for dy, weight in zip(dys_TN, weights_NK, strict=bool(weights_NK)):
@@ -198,7 +221,7 @@ def expand_grads(dys_TN: list[Tensor], gated_TP: Tensor, lora_b_NR: list[Tensor]
     """db_g = dy_g^T @ gated_g, in B's dtype."""
     parts = gated_TP.chunk(len(dys_TN), 1)
     return [
-        _total(weight_partials(dy, part, None, transposed=True)[0]).to(b.dtype)
+        total(weight_partials(dy, part, None, transposed=True)[0], b.dtype)
         for dy, part, b in zip(dys_TN, parts, lora_b_NR, strict=True)
     ]
 
@@ -221,14 +244,14 @@ def weight_partials(
     """
     if left_TP is None and dlogits_TQ is None:
         return x_TK.new_empty(1, 0), x_TK.new_empty(1, 0)
-    if left_TP is not None and dlogits_TQ is not None:
-        Q = dlogits_TQ.shape[1]
-        if not tiles.rides_along(left_TP.shape[1], tiles.padded_logits(Q), x_TK.dtype):
-            partials, _ = weight_partials(x_TK, left_TP, None, dropout_seed, dropout_p, stream, transposed=transposed)
-            return partials, weight_partials(x_TK, None, dlogits_TQ)[1]
     T, K = x_TK.shape
     P, Q = (0 if t is None else t.shape[1] for t in (left_TP, dlogits_TQ))
-    q_padded = tiles.padded_logits(Q)
+    if left_TP is not None and dlogits_TQ is not None and not tiles.rides_along(P, Q, x_TK.dtype):
+        partials, _ = weight_partials(x_TK, left_TP, None, dropout_seed, dropout_p, stream, transposed=transposed)
+        return partials, weight_partials(x_TK, None, dlogits_TQ)[1]
+    if dlogits_TQ is not None and tiles.rides_along(P, Q, x_TK.dtype):
+        dlogits_TQ = planes(dlogits_TQ)
+    q_padded = tiles.padded_logits(P, Q, x_TK.dtype)
     tile = tiles.weight_tiles(P, q_padded if Q else 0, x_TK.dtype, capability_of(x_TK.device))
     splits = tiles.weight_splits(T, P, K, tile)
     shape, strides = ((splits, K, P), (1, P)) if transposed else ((splits, P, K), (K, 1))
@@ -246,10 +269,6 @@ def weight_partials(
     return partials, router_partials
 
 
-def _total(partials: Tensor) -> Tensor:
-    return partials[0] if len(partials) == 1 else partials.sum(0)
-
-
 def input_grad(
     ds_TP: Tensor,
     a_PK: Tensor,
@@ -261,8 +280,16 @@ def input_grad(
 ) -> Tensor:
     """dropout(ds @ a) + dlogits @ router, (T, K) in ds's dtype: what base projections then add to."""
     (T, P), K = ds_TP.shape, a_PK.shape[1]
-    Q = 0 if dlogits_TQ is None else dlogits_TQ.shape[1]
-    tile = tiles.input_tiles(P, ds_TP.dtype, capability_of(ds_TP.device))
+    Q, q_padded = 0, tiles.MIN_DOT
+    if dlogits_TQ is not None and router_QK is not None:
+        Q = dlogits_TQ.shape[1]
+        if tiles.rides_along(P, Q, ds_TP.dtype):
+            dlogits_TQ, router_QK, q_padded = (
+                planes(dlogits_TQ),
+                planes(router_QK),
+                tiles.padded_logits(P, Q, ds_TP.dtype),
+            )
+    tile = tiles.input_tiles(P, ds_TP.dtype, capability_of(ds_TP.device), drops=dropout_p > 0)
     dx = ds_TP.new_empty(T, K)
     if not dx.numel():
         return dx
@@ -270,7 +297,7 @@ def input_grad(
         input_bwd_kernel[(triton.cdiv(K, tile.block_k) * triton.cdiv(T, tile.block_t),)](
             ds_TP, a_PK, dlogits_TQ, router_QK, dropout_seed if dropout_p else None, dx, T, P, Q, K,
             stream, dropout.threshold(dropout_p), dropout.survivor_scale(dropout_p),
-            BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_Q=tiles.MIN_DOT, BLOCK_K=tile.block_k,
+            BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_Q=q_padded, BLOCK_K=tile.block_k,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return dx
@@ -282,19 +309,21 @@ def compile_cases(capability: Capability) -> Iterator[Case]:
         pointers: dict[str, torch.dtype] = {"p_seed": torch.int64} if has_dropout else {}
         absent: dict[str, Any] = {} if has_dropout else {"p_seed": None}
         scalars = dict(T=8192, P=P, Q=H * E, K=3072, stream=0, threshold=5243, keep_scale=1.087)
-        dlogits: dict[str, torch.dtype] = {"p_dlogits": torch.float32} if H else {}
+        ridden = tiles.rides_along(P, H * E, dtype)
+        router_dtype = torch.bfloat16 if ridden else torch.float32
+        dlogits: dict[str, torch.dtype] = {"p_dlogits": router_dtype} if H else {}
 
         yield from _weight_cases(P, H * E, dtype, capability, label, pointers, absent, scalars)
-        tile = tiles.input_tiles(P, dtype, capability)
+        tile = tiles.input_tiles(P, dtype, capability, drops=has_dropout)
         yield Case(
             kernel=input_bwd_kernel,
             label=label,
             pointers=pointers | dlogits | {"p_ds": dtype, "p_a": dtype, "p_dx": dtype}
-            | ({"p_router": torch.float32} if H else {}),
+            | ({"p_router": router_dtype} if H else {}),
             scalars=scalars,
             constants=absent | ({} if H else {"p_dlogits": None, "p_router": None})
             | dict(BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_K=tile.block_k)
-            | dict(BLOCK_Q=tiles.MIN_DOT),
+            | dict(BLOCK_Q=tiles.padded_logits(P, H * E, dtype) if H and ridden else tiles.MIN_DOT),
             tiles=tile,
             tensor_cores=dtype != torch.float32,
         )  # fmt: skip
@@ -312,23 +341,24 @@ def _weight_cases(
 ) -> Iterator[Case]:
     """dA with the router's weights riding along where they do, else one after the other; dB, which is (N, R); and the
     router's alone, as in its warm-up."""
-    q_padded = tiles.padded_logits(Q)
-    together = bool(Q) and tiles.rides_along(P, q_padded, dtype)
+    together = bool(Q) and tiles.rides_along(P, Q, dtype)
     variants = [("dA and dW_r", P, Q, False)] if together else [("dA", P, 0, False)]
     variants += [("dB", P, 0, True)] if "p_seed" in absent else []
     variants += [("dW_r", 0, Q, False)] if Q else []
     for what, p, q, transposed in variants:
-        tile = tiles.weight_tiles(p, tiles.padded_logits(q) if q else 0, dtype, capability)
+        q_padded = tiles.padded_logits(p, q, dtype)
+        tile = tiles.weight_tiles(p, q_padded if q else 0, dtype, capability)
+        dlogits = torch.bfloat16 if q and tiles.rides_along(p, q, dtype) else torch.float32
         yield Case(
             kernel=weight_bwd_kernel,
             label=f"{label} {what}",
             pointers=pointers | {"p_x": dtype, "p_partials": torch.float32, "p_router_partials": torch.float32}
-            | ({"p_left": dtype} if p else {}) | ({"p_dlogits": torch.float32} if q else {}),
+            | ({"p_left": dtype} if p else {}) | ({"p_dlogits": dlogits} if q else {}),
             scalars=scalars | dict(P=p, Q=q, stride_lt=p, stride_xt=3072)
             | (dict(stride_op=1, stride_ok=p) if transposed else dict(stride_op=3072, stride_ok=1)),
             constants=absent | ({} if p else {"p_left": None}) | ({} if q else {"p_dlogits": None})
             | dict(SPLITS=tiles.weight_splits(8192, p, 3072, tile), BLOCK_T=tile.block_t, BLOCK_P=tile.block_n,
-                   BLOCK_Q=tiles.padded_logits(q), BLOCK_K=tile.block_k),
+                   BLOCK_Q=q_padded, BLOCK_K=tile.block_k),
             tiles=tile,
             tensor_cores=dtype != torch.float32,
         )  # fmt: skip

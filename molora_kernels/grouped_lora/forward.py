@@ -19,8 +19,9 @@ from torch import Tensor
 
 from molora_kernels import dropout
 from molora_kernels._triton.cases import DTYPES, Case, short
-from molora_kernels._triton.dot import dot, dot_by_fp32
+from molora_kernels._triton.dot import dot, dot_in_steps
 from molora_kernels._triton.dropout import kept, row_keys
+from molora_kernels._triton.planes import PLANES, planes
 from molora_kernels._triton.routing import choose, gates_of, softmax, sums_of
 from molora_kernels._triton.tiles import Capability, capability_of, launching_on
 from molora_kernels.grouped_lora import gating, portable, tiles
@@ -70,11 +71,12 @@ def shrink_fwd_kernel(
     if p_seed is not None:
         b_keys = row_keys(p_seed, o_t, stream)
     if p_router is not None:
-        # Column h * E_PAD + e of the logits is expert e of router h.
-        o_q = tl.arange(0, HEADS * E_PAD)
-        m_q = (o_q // E_PAD < H) & (o_q % E_PAD < E)
-        p_router_columns = p_router + (o_q // E_PAD * E + o_q % E_PAD).to(tl.int64)[None, :] * K
-        b_logits = tl.zeros([BLOCK_T, HEADS * E_PAD], dtype=tl.float32)
+        # Column h * E_PAD + e of each plane is expert e of router h.
+        o_q = tl.arange(0, PLANES * HEADS * E_PAD)
+        o_plane, o_router, o_expert = o_q // (HEADS * E_PAD), o_q // E_PAD % HEADS, o_q % E_PAD
+        m_q = (o_plane < 3) & (o_router < H) & (o_expert < E)
+        p_router_columns = p_router + ((o_plane * H + o_router) * E + o_expert).to(tl.int64)[None, :] * K
+        b_planes = tl.zeros([BLOCK_T, PLANES * HEADS * E_PAD], dtype=tl.float32)
 
     b_s = tl.zeros([BLOCK_T, BLOCK_P], dtype=tl.float32)
     for i_k in range(tl.cdiv(K, BLOCK_K)):
@@ -84,7 +86,7 @@ def shrink_fwd_kernel(
         b_a = tl.load(p_columns + o_k[:, None], mask=m_k[:, None] & m_p[None, :], other=0.0)
         if p_router is not None:
             b_router = tl.load(p_router_columns + o_k[:, None], mask=m_k[:, None] & m_q[None, :], other=0.0)
-            b_logits = dot_by_fp32(b_x, b_router, b_logits)
+            b_planes = dot_in_steps(b_x, b_router, b_planes)
         if p_seed is not None:
             b_x = tl.where(kept(b_keys, i_k * BLOCK_K, threshold, BLOCK_K), b_x, 0.0)
         b_s = dot(b_x, b_a, b_s)
@@ -102,6 +104,7 @@ def shrink_fwd_kernel(
         m_routed = m_row[:, None] & m_e[None, :]
         o_routed = (o_token.to(tl.int64) * H + o_h)[:, None] * E + o_e[None, :]
         o_bias = o_h[:, None] * E + o_e[None, :]
+        b_logits = tl.sum(tl.reshape(b_planes, (BLOCK_T, PLANES, HEADS * E_PAD)), axis=1)
         b_logits = tl.reshape(b_logits, (BLOCK_T * HEADS, E_PAD))
         if p_bias is not None:
             b_logits += tl.load(p_bias + o_bias, mask=m_routed, other=0.0)
@@ -190,7 +193,7 @@ def _shrink(
     H, E = (0, 1) if routers is None else routers.weight.shape[:2]
     heads, experts = tiles.padded_experts(H, E)
     Q = heads * experts if routers else 0
-    tile = tiles.shrink_tiles(P, Q, x_TK.dtype, capability_of(x_TK.device))
+    tile = tiles.shrink_tiles(P, tiles.PLANES * Q, x_TK.dtype, capability_of(x_TK.device), drops=dropout_p > 0)
     blocks_p, blocks_t = triton.cdiv(P, tile.block_n), triton.cdiv(T, tile.block_t)
     s = x_TK.new_empty(T, P)
     gates = logits = partials = None
@@ -199,7 +202,7 @@ def _shrink(
         assert tiles.rides_along(P, Q, x_TK.dtype)
         gates, logits = (x_TK.new_empty(T, H, E, dtype=torch.float32) for _ in range(2))
         partials = x_TK.new_empty(blocks_t, H, 1 + 2 * E, dtype=torch.float32)
-        given = routers[:4]
+        given = (planes(routers.weight), *routers[1:4])
     if T and P:
         with launching_on(x_TK.device):
             shrink_fwd_kernel[(blocks_p * blocks_t,)](
@@ -244,8 +247,13 @@ def cast_together(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> lis
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """x itself if each of its rows is contiguous, which is all that the kernels ask, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x itself if each of its rows is contiguous, which is all that the kernels ask, else a copy.
+
+    A copy also of rows so far apart that an int32 does not reach the last of them: cuBLAS (13.0, fp16, three rows on an
+    H200) fails there, though not where as many elements lie together.
+    """
+    apart = x.stride(0) > x.shape[1] and x.shape[0] * x.stride(0) > 2**31 - 1
+    return x if x.stride(-1) == 1 and not apart else x.contiguous()
 
 
 def compile_cases(capability: Capability) -> Iterator[Case]:
@@ -254,13 +262,13 @@ def compile_cases(capability: Capability) -> Iterator[Case]:
         Q = heads * experts if H else 0
         if not tiles.rides_along(P, Q, dtype):
             H = E = Q = 0
-        tile = tiles.shrink_tiles(P, Q, dtype, capability)
         routing = ("p_router", "p_bias", "p_selection", "p_gates", "p_logits", "p_partials")
         pointers = {"p_x": dtype, "p_a": dtype, "p_s": dtype}
         absent = {} if H else dict.fromkeys((*routing, "p_mask"))
         if H:
-            pointers |= {**dict.fromkeys(routing, torch.float32), "p_mask": torch.bool}
+            pointers |= {**dict.fromkeys(routing, torch.float32), "p_router": dtype, "p_mask": torch.bool}
         for has_dropout in (True, False):
+            tile = tiles.shrink_tiles(P, tiles.PLANES * Q, dtype, capability, drops=has_dropout)
             yield Case(
                 kernel=shrink_fwd_kernel,
                 label=f"{short(dtype)} P={P} H={H} E={E}{' dropout' if has_dropout else ''}",

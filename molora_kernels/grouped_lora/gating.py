@@ -21,11 +21,10 @@ from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.routing import dlogits_of_gates, dlogits_of_sums, softmax
 from molora_kernels._triton.tiles import Capability, Tiles, launching_on, next_power_of_2
 
-GATE_ROWS, GATE_COLUMNS = 32, 128
-"""One program's share of these kernels, which are bound by memory and by launching."""
-FORWARD_TILES = Tiles(block_t=GATE_ROWS, block_k=0, block_n=GATE_COLUMNS, num_warps=8)
-"""Eight warps: with four, ranks that 16 does not divide spill 8 bytes a thread on sm_90."""
-BACKWARD_TILES = Tiles(block_t=GATE_ROWS, block_k=0, block_n=GATE_COLUMNS)
+GATE_ROWS, GATE_COLUMNS, BACKWARD_ROWS = 16, 64, 32
+"""One program's share of these kernels, which are bound by memory and by launching; the first two measured on sm_90."""
+FORWARD_TILES = Tiles(block_t=GATE_ROWS, block_k=0, block_n=GATE_COLUMNS)
+BACKWARD_TILES = Tiles(block_t=BACKWARD_ROWS, block_k=0)
 
 
 @triton.jit
@@ -185,11 +184,11 @@ def gate_backward(
     if s_TP.numel() and (need_ds or need_gated or need_dgates):
         logits, more, dsums, mask, top_k = router or (None, None, None, None, 1)
         with launching_on(s_TP.device):
-            gate_bwd_kernel[(triton.cdiv(T, GATE_ROWS), H)](
+            gate_bwd_kernel[(triton.cdiv(T, BACKWARD_ROWS), H)](
                 dgated_TP, s_TP, gates, ds, gated, logits, more, dsums, mask, out,
                 T, P, R, R // E, H, groups // H, scaling,
                 TOP_K=top_k, E=E, E_PAD=next_power_of_2(E),
-                BLOCK_T=GATE_ROWS, BLOCK_R=_block_r(R // E),
+                BLOCK_T=BACKWARD_ROWS, BLOCK_R=_block_r(R // E),
                 num_warps=BACKWARD_TILES.num_warps,
             )  # fmt: skip
     nothing = s_TP.new_empty(0)
@@ -222,7 +221,8 @@ def compile_cases(_: Capability) -> Iterator[Case]:
             | ({**dict.fromkeys(routing, torch.float32), "p_mask": torch.bool} if H else {}),
             scalars={**shape, "r": r, "groups_per_head": groups // (H or 1), "scaling": 2.0},
             constants=absent | ({} if H else dict.fromkeys((*routing, "p_mask")))
-            | dict(TOP_K=min(2, E) or 1, E=E or 1, E_PAD=next_power_of_2(E), BLOCK_T=GATE_ROWS, BLOCK_R=_block_r(r)),
+            | dict(TOP_K=min(2, E) or 1, E=E or 1, E_PAD=next_power_of_2(E))
+            | dict(BLOCK_T=BACKWARD_ROWS, BLOCK_R=_block_r(r)),
             tiles=BACKWARD_TILES,
             tensor_cores=False,
         )  # fmt: skip

@@ -26,6 +26,7 @@ from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.dot import dot
 from molora_kernels._triton.dropout import kept, row_keys
 from molora_kernels._triton.tiles import Capability, capability_of, launching_on
+from molora_kernels._triton.total import total
 from molora_kernels.grouped_lora import gating, portable_grouped, tiles
 from molora_kernels.grouped_lora.forward import cast_together, rows_contiguous
 from molora_kernels.grouped_lora.sets import Sets, sets_of
@@ -389,7 +390,7 @@ def shrink_grads(
     drop = (dropout_seed, dropout_p, stream)
     parts = ds_TC.chunk(len(lora_a_RK), 1)
     return [
-        _weight_grads(x_TK, part, _of(sets, g), drop).to(a.dtype)
+        _weight_grads(x_TK, part, _of(sets, g), a.dtype, drop)
         for g, (a, part) in enumerate(zip(lora_a_RK, parts, strict=True))
     ]
 
@@ -398,7 +399,7 @@ def expand_grads(dys_TN: list[Tensor], gated_TC: Tensor, lora_b_NR: list[Tensor]
     """db_g (N, R) = dy_g^T @ gated_g, in B's dtype."""
     parts = gated_TC.chunk(len(dys_TN), 1)
     return [
-        _weight_grads(dy, part, _of(sets, g), transposed=True).to(b.dtype)
+        _weight_grads(dy, part, _of(sets, g), b.dtype, transposed=True)
         for g, (dy, b, part) in enumerate(zip(dys_TN, lora_b_NR, parts, strict=True))
     ]
 
@@ -464,11 +465,12 @@ def _weight_grads(
     x_TK: Tensor,
     left: Tensor,
     sets: Sets,
+    dtype: torch.dtype,
     drop: tuple[Tensor | None, float, int] = (None, 0.0, 0),
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """Of each expert left^T @ dropout(x), (R, K) or ``transposed`` (K, R), fp32, from left (T, k * r).
+    """Of each expert left^T @ dropout(x), (R, K) or ``transposed`` (K, R), in ``dtype``, from left (T, k * r).
 
     Bitwise the same on every run: fp32 partials over runs that the choices alone decide, then their sum.
     """
@@ -476,7 +478,7 @@ def _weight_grads(
     r = left.shape[1] // k
     seed, p, stream = drop
     tile = tiles.expert_weight_tiles(r, x_TK.dtype, capability_of(x_TK.device))
-    splits = tiles.weight_splits(T * k // E, E * r, K, tile)
+    splits = tiles.expert_splits(T * k // E, E * r, K, tile)
     pairs, starts = sets.by_expert
     shape, strides = ((splits, K, E * r), (1, E * r)) if transposed else ((splits, E * r, K), (K, 1))
     partials = x_TK.new_empty(shape, dtype=torch.float32)
@@ -488,7 +490,7 @@ def _weight_grads(
             TOP_K=k, SPLITS=splits, BLOCK_T=tile.block_t, BLOCK_R=tile.block_n, BLOCK_K=tile.block_k,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    return partials[0] if splits == 1 else partials.sum(0)
+    return total(partials, dtype)
 
 
 COMPILED = ((8, 1, 16), (32, 2, 32), (64, 8, 64))

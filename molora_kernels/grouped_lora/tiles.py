@@ -1,7 +1,9 @@
 """Tiles of the grouped LoRA kernels: pure functions of shape, dtype and compute capability.
 
+Those of sm_90 are measured (``python -m bench tune``, docs/log.md); other GPUs' are what compiles without a spill.
+
 Shape letters: T tokens, K wide features (input of shrink, output of expand), P columns of the shrink (or R of one
-projection), Q = routers * experts, padded, of the logits that ride along; 0 without a router.
+projection), Q padded columns of the product that are the routers' and ride along; 0 without a router.
 """
 
 from __future__ import annotations
@@ -14,13 +16,18 @@ from molora_kernels._triton.tiles import Capability, Tiles, next_power_of_2, sha
 
 MAX_P = 256
 """Widest block of the shrink: its fp32 accumulator fills 64 registers a thread of two warp groups."""
-MAX_Q = 32
-"""Most logit columns that ride along: each costs three bf16 products."""
+PLANES = 4
+"""As ``_triton/planes.py`` lays out fp32 beside bf16: three and one of nothing."""
+MAX_Q = 16
+"""Most logits of a token that ride along: each is four columns of the product."""
 MIN_DOT = 16
 """Fewest columns of a tensor-core product."""
-SPLIT_PROGRAMS = 256
-"""Programs that a reduction over tokens is split into: about two for each core of an H100. Not the number of cores of
-the GPU at hand, so that sums do not depend on it."""
+FEWEST_PROGRAMS, SPLIT_PROGRAMS, FEW_SPLITS = 128, 256, 5
+"""Programs that a reduction over tokens is split into: about two for each core of an H100, but one if that takes more
+than a few splits, whose terms have to be written and summed up. Not the number of cores of the GPU at hand, so that
+sums do not depend on it."""
+EXPERT_PROGRAMS = 512
+"""The same for one expert's tokens, of which there are fewer."""
 
 
 COMPILED = ((32, 0, 0), (96, 0, 0), (128, 1, 4), (256, 2, 4), (256, 1, 4), (64, 3, 8), (256, 2, 16), (1024, 0, 0))
@@ -31,36 +38,39 @@ shared; the fewest columns beside three routers; the widest that ride along; and
 def padded_experts(heads: int, experts: int) -> tuple[int, int]:
     """(HEADS, E_PAD): powers of two whose product a tensor core takes."""
     heads = next_power_of_2(heads)
-    return heads, max(next_power_of_2(experts), MIN_DOT // heads)
+    return heads, max(next_power_of_2(experts), MIN_DOT // PLANES // heads)
 
 
-def padded_logits(Q: int) -> int:
-    """Q columns as a tensor core takes them."""
-    return max(next_power_of_2(Q), MIN_DOT)
+def padded_logits(P: int, Q: int, dtype: torch.dtype) -> int:
+    """Columns that a tensor core takes for Q logits beside P columns: of all planes where they are bf16's."""
+    return max(next_power_of_2(Q) * (PLANES if rides_along(P, Q, dtype) else 1), MIN_DOT)
 
 
 def rides_along(P: int, Q: int, dtype: torch.dtype) -> bool:
-    """Whether a router of Q padded columns is worth fusing: one block holds the whole shrink, so x is read once.
+    """Whether routers of Q logits a token are worth fusing: one block holds the whole shrink, so x is read once.
 
-    Not in fp32, whose products run on the fp32 units: both accumulators would not fit in registers.
+    Only for bf16, of which three make fp32: fp16's range is too short for that, and products of fp32 run on the fp32
+    units, where both accumulators would not fit in registers.
     """
-    return dtype != torch.float32 and Q <= MAX_Q and next_power_of_2(P) <= MAX_P
+    return dtype == torch.bfloat16 and next_power_of_2(Q) <= MAX_Q and next_power_of_2(P) <= MAX_P
 
 
-def shrink_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability) -> Tiles:
-    """``block_t`` rows, ``block_k`` at a time of the features, ``block_n`` columns of the shrink."""
+def shrink_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability, *, drops: bool = False) -> Tiles:
+    """``block_t`` rows, ``block_k`` at a time of the features, ``block_n`` columns of the shrink; with dropout if it
+    ``drops``."""
     block_p = _block_p(P, dtype)
     if dtype == torch.float32:
         return Tiles(block_t=32, block_k=32, block_n=block_p, num_warps=4, num_stages=2)
     warps = 8 if block_p > 64 else 4
+    if capability == (9, 0):
+        block_k = 64 if block_p == MAX_P else 128
+        stages = min(_stages_90(block_k * (64 + block_p + Q), 0.9), 3 if block_p == MAX_P else 4)
+        rows, warps = (128, 8) if drops and block_p == MAX_P else (64, 4)  # beside dropout, 64 rows spill
+        return Tiles(rows, block_k, block_p, warps, stages)
     if _reads_shared_memory(capability):
-        # Beside the most logits, steps of 64 fp16 features spill on sm_100.
-        short = Q > MIN_DOT and dtype == torch.float16 and capability is not None and capability[0] == 10
-        return _staged(64, 32 if short else 64, block_p, 4 * Q, warps, capability)
-    # Operands pass through registers: a shorter step leaves room for the accumulators, and fp16 x beside a router,
-    # whose weights then travel as three tf32 terms, needs fewer rows too; the most logits need more threads.
-    warps = 8 if Q > MIN_DOT else warps
-    return _staged(32 if Q and dtype == torch.float16 else 64, 32, block_p, 4 * Q, warps, capability)
+        return _staged(64, 64, block_p, 2 * Q, warps, capability)
+    # Operands pass through registers: a shorter step leaves room for the accumulators.
+    return _staged(64, 32, block_p, 2 * Q, warps, capability)
 
 
 def weight_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability) -> Tiles:
@@ -68,6 +78,9 @@ def weight_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability) -> 
     block_p = _block_p(P, dtype)
     if dtype == torch.float32:
         return Tiles(block_t=16, block_k=32, block_n=block_p, num_warps=4, num_stages=2)
+    if capability == (9, 0):  # programs with the widest block have a core to themselves, others share one
+        stages = _stages_90(64 * (128 + block_p + 2 * Q), 0.9 if block_p == MAX_P else 0.5)
+        return Tiles(64, 128, block_p, num_warps=8, num_stages=stages)
     if _reads_shared_memory(capability):
         return _staged(64, 64 if block_p == MAX_P else 128, block_p, 4 * Q, 8, capability)
     block_k = 64 if block_p in (MIN_DOT, MAX_P) or Q else 128  # the narrowest spills beside 128 in Triton 3.6
@@ -76,11 +89,13 @@ def weight_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability) -> 
     return _staged(32, block_k, block_p, 4 * Q, 8 if block_k * block_p > 64 * 128 else 4, capability)
 
 
-def input_tiles(P: int, dtype: torch.dtype, capability: Capability) -> Tiles:
+def input_tiles(P: int, dtype: torch.dtype, capability: Capability, *, drops: bool = False) -> Tiles:
     """``block_t`` rows and ``block_k`` features of dx, ``block_n`` at a time of the columns of the shrink."""
     block_p = min(max(next_power_of_2(P), MIN_DOT), 64)
     if dtype == torch.float32:
         return Tiles(block_t=32, block_k=64, block_n=min(block_p, 32), num_warps=4, num_stages=2)
+    if capability == (9, 0) and not drops:  # beside dropout, 256 features spill
+        return Tiles(block_t=128, block_k=256, block_n=block_p, num_warps=8, num_stages=2)
     if _reads_shared_memory(capability):
         return Tiles(block_t=128, block_k=128, block_n=block_p, num_warps=8, num_stages=2)
     return Tiles(block_t=128, block_k=64, block_n=min(block_p, 32), num_warps=8, num_stages=3)
@@ -88,8 +103,15 @@ def input_tiles(P: int, dtype: torch.dtype, capability: Capability) -> Tiles:
 
 def weight_splits(T: int, P: int, K: int, tiles: Tiles) -> int:
     """Into how many runs of rows a reduction over tokens is split; each has four steps or more."""
-    programs = -(-K // tiles.block_k) * -(-P // tiles.block_n)
-    return max(1, min(SPLIT_PROGRAMS // max(programs, 1), T // (4 * tiles.block_t)))
+    programs = max(1, -(-K // tiles.block_k) * -(-P // tiles.block_n))
+    splits = max(min(SPLIT_PROGRAMS // programs, FEW_SPLITS), FEWEST_PROGRAMS // programs)
+    return max(1, min(splits, T // (4 * tiles.block_t)))
+
+
+def expert_splits(T: int, P: int, K: int, tiles: Tiles) -> int:
+    """The same where each expert has about T tokens, and all together P columns."""
+    programs = max(1, -(-K // tiles.block_k) * -(-P // tiles.block_n))
+    return max(1, min(EXPERT_PROGRAMS // programs, T // (4 * tiles.block_t)))
 
 
 def set_rows(dtype: torch.dtype) -> int:
@@ -116,6 +138,8 @@ def set_shrink_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability)
     """``block_t`` sorted rows, ``block_k`` of the features at a time, ``block_n`` columns of the experts."""
     columns = slots_of(r, k, dtype) * block_r(r, dtype)
     if dtype == torch.float32:
+        if capability == (9, 0):
+            return Tiles(set_rows(dtype), block_k=16, block_n=columns, num_warps=4, num_stages=3)
         # 32 features at a time, staged, spill: with four warps on sm_86 (Triton 3.9) and sm_90 (3.6), with eight on
         # sm_90. On sm_80 16 spill too, and so does every other step that is staged.
         if capability == (8, 0):
@@ -123,7 +147,8 @@ def set_shrink_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability)
         return Tiles(set_rows(dtype), block_k=16, block_n=columns, num_warps=4, num_stages=2)
     warps = 8 if columns > 64 else 4
     if capability is not None and capability[0] == 9:
-        return _staged(set_rows(dtype), 64, columns, 0, warps, capability)
+        block_k, warps = (128, 8) if columns <= 64 else (64, warps)
+        return _staged(set_rows(dtype), block_k, columns, 0, warps, capability)
     staged = _staged(set_rows(dtype), 32, columns, 0, warps, capability)
     # A fourth stage spills beside dropout, and so do steps of 64 on sm_100 with any number of stages.
     return replace(staged, num_stages=min(staged.num_stages, 3))
@@ -133,10 +158,11 @@ def set_expand_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability)
     """``block_t`` sorted rows, ``block_n`` columns of the output, ``block_k`` columns of the experts at a time."""
     columns = slots_of(r, k, dtype) * block_r(r, dtype)
     if dtype == torch.float32:
-        warps = 8 if capability is not None and capability[0] == 10 else 4  # each spills on the other's GPUs
+        warps = 8 if _reads_shared_memory(capability) else 4  # each spills on the other's GPUs
         return Tiles(set_rows(dtype), block_k=columns, block_n=64, num_warps=warps, num_stages=2)
-    block_n = 128 if _reads_shared_memory(capability) else 64
-    return Tiles(set_rows(dtype), block_k=columns, block_n=block_n, num_warps=8 if columns > 64 else 4, num_stages=2)
+    block_n, stages = (128, 1 if capability == (9, 0) else 2) if _reads_shared_memory(capability) else (64, 2)
+    warps = 8 if columns > 64 else 4
+    return Tiles(set_rows(dtype), block_k=columns, block_n=block_n, num_warps=warps, num_stages=stages)
 
 
 def expert_weight_tiles(r: int, dtype: torch.dtype, capability: Capability) -> Tiles:
@@ -151,6 +177,11 @@ def _block_p(P: int, dtype: torch.dtype) -> int:
 def _reads_shared_memory(capability: Capability) -> bool:
     """Whether tensor cores take their operands from shared memory: wgmma of sm_90, tcgen05 of sm_100."""
     return capability is not None and capability[0] in (9, 10)
+
+
+def _stages_90(elements: int, share: float) -> int:
+    """Up to four stages of so many 16-bit elements in a share of an H100's shared memory."""
+    return max(1, min(int(share * shared_memory_kib((9, 0)) * 1024) // (2 * elements), 4))
 
 
 def _staged(block_t: int, block_k: int, block_p: int, logit_bytes: int, warps: int, capability: Capability) -> Tiles:

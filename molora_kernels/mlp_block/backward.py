@@ -17,13 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molora_kernels import dropout
 from molora_kernels._triton.cases import DTYPES, Case, short
-from molora_kernels._triton.dot import dot, dot_by_fp32
-from molora_kernels._triton.dropout import kept, row_keys
-from molora_kernels._triton.tiles import Capability, Tiles, capability_of, launching_on, next_power_of_2
+from molora_kernels._triton.tiles import Capability, launching_on
+from molora_kernels._triton.total import total
 from molora_kernels.grouped_lora import backward as grouped_lora
-from molora_kernels.grouped_lora import gating, grouped, tiles
+from molora_kernels.grouped_lora import gating, grouped
 from molora_kernels.grouped_lora.forward import cast_together, rows_contiguous
 from molora_kernels.grouped_lora.sets import Sets
 from molora_kernels.mlp_block import portable
@@ -48,91 +46,6 @@ def swiglu_bwd_kernel(p_gate, p_up, p_dh, p_h, p_dgate, p_dup, n, BLOCK: tl.cons
     b_dgate = b_dh * b_up * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
     tl.store(p_dgate + o_n, b_dgate.to(p_dgate.dtype.element_ty), mask=m_n)
     tl.store(p_dup + o_n, (b_dh * b_silu).to(p_dup.dtype.element_ty), mask=m_n)
-
-
-@triton.jit
-def swiglu_weights_bwd_kernel(
-    p_gate,
-    p_up,
-    p_dh,
-    p_gated,
-    p_ds,
-    p_dlogits,
-    p_seed,
-    p_dgate,
-    p_dup,
-    p_db,
-    p_da,
-    p_router,
-    T,
-    N,
-    R,
-    Q,
-    stream,
-    threshold,
-    keep_scale,
-    SPLITS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-):
-    """dgate and dup (T, N) from dh, as ``swiglu_bwd_kernel``; and while they are at hand, the weight gradients that
-    they and h enter, in terms over fixed runs of rows: db (SPLITS, 2, N, R) = [dgate, dup]^T @ gated (T, 2 R) of gate
-    and up, da (SPLITS, R, N) = ds (T, R)^T @ dropout(h) of down, and that of down's router, (SPLITS, Q, N) =
-    dlogits (T, Q)^T @ h. So h is never written, and dgate and dup are not read again for db. dup may be dh's own
-    memory."""
-    i_n, i_s = tl.program_id(0), tl.program_id(1)
-    o_n = i_n * BLOCK_I + tl.arange(0, BLOCK_I)
-    o_r, o_q = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_Q)
-    m_n, m_r, m_q = o_n < N, o_r < R, o_q < Q
-    b_db_gate = tl.zeros([BLOCK_I, BLOCK_R], dtype=tl.float32)
-    b_db_up = tl.zeros([BLOCK_I, BLOCK_R], dtype=tl.float32)
-    b_da = tl.zeros([BLOCK_I, BLOCK_R], dtype=tl.float32)
-    b_router = tl.zeros([BLOCK_I, BLOCK_Q], dtype=tl.float32)
-    blocks = tl.cdiv(tl.cdiv(T, BLOCK_T), SPLITS)
-    for i_t in range(i_s * blocks, (i_s + 1) * blocks):
-        o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-        m_t, o_row = o_t < T, o_t.to(tl.int64)
-        o_in, m_in = o_row[:, None] * N + o_n[None, :], m_t[:, None] & m_n[None, :]
-        m_left = m_t[:, None] & m_r[None, :]
-        b_gate = tl.load(p_gate + o_in, mask=m_in, other=0.0).to(tl.float32)
-        b_up = tl.load(p_up + o_in, mask=m_in, other=0.0).to(tl.float32)
-        b_dh = tl.load(p_dh + o_in, mask=m_in, other=0.0).to(tl.float32)
-        b_gated_gate = tl.load(p_gated + o_row[:, None] * (2 * R) + o_r[None, :], mask=m_left, other=0.0)
-        b_gated_up = tl.load(p_gated + o_row[:, None] * (2 * R) + R + o_r[None, :], mask=m_left, other=0.0)
-        b_ds = tl.load(p_ds + o_row[:, None] * R + o_r[None, :], mask=m_left, other=0.0)
-
-        b_sigmoid = tl.sigmoid(b_gate)
-        b_silu = b_gate * b_sigmoid
-        b_dgate = (b_dh * b_up * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))).to(p_dgate.dtype.element_ty)
-        b_dup = (b_dh * b_silu).to(p_dup.dtype.element_ty)
-        b_h = (b_silu * b_up).to(p_gate.dtype.element_ty)
-        tl.store(p_dgate + o_in, b_dgate, mask=m_in)
-        tl.store(p_dup + o_in, b_dup, mask=m_in)
-
-        b_db_gate = dot(tl.trans(b_dgate), b_gated_gate, b_db_gate)
-        b_db_up = dot(tl.trans(b_dup), b_gated_up, b_db_up)
-        if p_dlogits is not None:
-            b_dlogits = tl.load(
-                p_dlogits + o_row[:, None] * Q + o_q[None, :], mask=m_t[:, None] & m_q[None, :], other=0.0
-            )
-            b_router = dot_by_fp32(tl.trans(b_h), b_dlogits, b_router)
-        if p_seed is not None:
-            b_h = tl.where(kept(row_keys(p_seed, o_t, stream), i_n * BLOCK_I, threshold, BLOCK_I), b_h, 0.0)
-        b_da = dot(tl.trans(b_h), b_ds, b_da)
-
-    if p_seed is not None:
-        b_da *= keep_scale
-    o_split, o_column = i_s.to(tl.int64), o_n.to(tl.int64)
-    m_out = m_n[:, None] & m_r[None, :]
-    o_db = (2 * o_split * N + o_column)[:, None] * R + o_r[None, :]
-    tl.store(p_db + o_db, b_db_gate, mask=m_out)
-    tl.store(p_db + o_db + N * R, b_db_up, mask=m_out)
-    tl.store(p_da + (o_split * R + o_r)[None, :] * N + o_column[:, None], b_da, mask=m_out)
-    if p_dlogits is not None:
-        p_out = p_router + (o_split * Q + o_q)[None, :] * N + o_column[:, None]
-        tl.store(p_out, b_router, mask=m_n[:, None] & m_q[None, :])
 
 
 def backward(
@@ -198,33 +111,22 @@ def backward(
     own_dlogits = given(dlogits_down, own_router)
     dh = down.input_grad(ds, own_dlogits)
     dh.addmm_(dy_TK, weights[2])
-    db_down = down.db([dy_TK], gated)
-    own_dlogits = own_dlogits if need_drouter else None
+    h, dh_gate, dh_up = swiglu_backward(h_gate, h_up, dh, need_h=need_dlora or (need_drouter and own_router))
+    da_down, db_down, drouter_down = down.weight_grads(
+        h, [dy_TK], given(ds, need_dlora), gated, own_dlogits if need_drouter else None
+    )
 
-    # SwiGLU, and gate and up
+    # gate and up
     part = slice(0, 2)
     gate_up = adapter(part, 0, gates_in)
-    tile = None
-    if need_dlora and not down.sets:
-        tile = swiglu_weights_tiles(ds.shape[1], own_dlogits, x_TK.dtype, capability_of(x_TK.device))
-    if tile:
-        gated = gating.gate(s_in, gates_in, 2, scaling)
-        dh_gate, dh_up, dbs, da, drouter_down = swiglu_weights_backward(
-            h_gate, h_up, dh, gated, ds, own_dlogits, *down.drop, tile
-        )
-        db_in = [d.sum(0).to(one.dtype) for d, one in zip(dbs.unbind(1), lora_b[:2], strict=True)]
-        da_down = [da.sum(0).to(lora_a[2].dtype)]
-    else:
-        h, dh_gate, dh_up = swiglu_backward(h_gate, h_up, dh, need_h=need_dlora or own_dlogits is not None)
-        da_down, drouter_down = down.da(h, given(ds, need_dlora), own_dlogits)
-        db_in = None
     more = None if own_router or not need_dlogits else dlogits_down  # a shared router's gates: down's share
     ds, gated, dlogits_in = gate_up.through_gates(
         [dh_gate, dh_up], s_in, router_grads(logits_in, more, part),
-        need_ds=need_dx or need_dlora, need_gated=need_dlora and db_in is None, need_dgates=need_dlogits,
+        need_ds=need_dx or need_dlora, need_gated=need_dlora, need_dgates=need_dlogits,
     )  # fmt: skip
-    db_in = gate_up.db([dh_gate, dh_up], gated) if db_in is None else db_in
-    da_in, drouter_in = gate_up.da(x_TK, given(ds, need_dlora), given(dlogits_in, need_drouter))
+    da_in, db_in, drouter_in = gate_up.weight_grads(
+        x_TK, [dh_gate, dh_up], given(ds, need_dlora), gated, given(dlogits_in, need_drouter)
+    )
     dx = x_TK.new_empty(0)
     if need_dx:
         dx = gate_up.input_grad(ds, given(dlogits_in))
@@ -235,7 +137,7 @@ def backward(
         return dx, da, db, [], []
     dlogits = [*dlogits_in.unbind(1), *(dlogits_down.unbind(1) if own_router else ())]
     drouters = [*drouter_in.chunk(min(routers, 2), 1), *((drouter_down,) if own_router else ())]
-    return dx, da, db, [d.sum(0) for d in drouters], [d.sum(0) for d in dlogits]
+    return dx, da, db, [total(d, torch.float32) for d in drouters], [d.sum(0) for d in dlogits]
 
 
 class _Adapter(NamedTuple):
@@ -281,23 +183,21 @@ class _Adapter(NamedTuple):
             dx = grouped_lora.input_grad(ds[:, :0], self.a[:0], dlogits, routers, None, 0.0, 0)
         return grouped.input_grad(ds, list(self.a.chunk(len(self.lora_a))), self.sets, dx, *self.drop)
 
-    def da(self, x: Tensor, ds: Tensor | None, dlogits: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """da per projection, in its own dtype, if ds is given; if dlogits, the terms of the routers' (splits, H * E, K)
-        fp32."""
-        if ds is None or not self.sets:
-            partials, router_partials = grouped_lora.weight_partials(x, ds, dlogits, *self.drop)
-            parts = [] if ds is None else zip(partials.chunk(len(self.lora_a), 1), self.lora_a, strict=True)
-            return [part.sum(0).to(a.dtype) for part, a in parts], router_partials
-        das = grouped.shrink_grads(x, ds, self.lora_a, self.sets, *self.drop)
-        return das, grouped_lora.weight_partials(x, None, dlogits)[1]
-
-    def db(self, dys: list[Tensor], gated: Tensor) -> list[Tensor]:
-        """db per projection, in its own dtype; none if ``gated`` is empty."""
-        if not gated.ndim > 1:
-            return []
+    def weight_grads(
+        self, x: Tensor, dys: list[Tensor], ds: Tensor | None, gated: Tensor, dlogits: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """da and db per projection, in their own dtypes, if ds is given; if dlogits, the terms of the routers' (splits,
+        H * E, K) fp32."""
+        if ds is None:
+            return [], [], grouped_lora.weight_partials(x, None, dlogits)[1]
         if not self.sets:
-            return grouped_lora.expand_grads(dys, gated, self.lora_b)
-        return grouped.expand_grads(dys, gated, self.lora_b, self.sets)
+            partials, router_partials = grouped_lora.weight_partials(x, ds, dlogits, *self.drop)
+            parts = partials.chunk(len(self.lora_a), 1)
+            das = [total(part, a.dtype) for part, a in zip(parts, self.lora_a, strict=True)]
+            return das, grouped_lora.expand_grads(dys, gated, self.lora_b), router_partials
+        das = grouped.shrink_grads(x, ds, self.lora_a, self.sets, *self.drop)
+        dbs = grouped.expand_grads(dys, gated, self.lora_b, self.sets)
+        return das, dbs, grouped_lora.weight_partials(x, None, dlogits)[1]
 
 
 def swiglu_backward(h_gate: Tensor, h_up: Tensor, dh: Tensor, *, need_h: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,47 +210,6 @@ def swiglu_backward(h_gate: Tensor, h_up: Tensor, dh: Tensor, *, need_h: bool) -
                 h_gate, h_up, dh, h, dh_gate, dh, n, BLOCK=BLOCK, num_warps=TILES.num_warps
             )
     return dh.new_empty(0, 0) if h is None else h, dh_gate, dh
-
-
-def swiglu_weights_backward(
-    h_gate: Tensor,
-    h_up: Tensor,
-    dh: Tensor,
-    gated: Tensor,
-    ds: Tensor,
-    dlogits: Tensor | None,
-    dropout_seed: Tensor | None,
-    dropout_p: float,
-    stream: int,
-    tile: Tiles,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dh_gate, dh_up, which takes dh's memory; and the terms, over fixed runs of rows, of gate's and up's db (splits,
-    2, I, R), of down's da (splits, R, I) and of its router's gradient (splits, Q, I); fp32."""
-    (T, inner), R, Q = dh.shape, ds.shape[1], 0 if dlogits is None else dlogits.shape[1]
-    splits = tiles.weight_splits(T, R, inner, tile)
-    dh_gate = torch.empty_like(dh)
-    dbs, da, drouter = (
-        dh.new_empty(splits, *size, dtype=torch.float32) for size in ((2, inner, R), (R, inner), (Q, inner))
-    )
-    with launching_on(dh.device):
-        swiglu_weights_bwd_kernel[(triton.cdiv(inner, tile.block_k), splits)](
-            h_gate, h_up, dh, gated, ds, dlogits, dropout_seed if dropout_p else None,
-            dh_gate, dh, dbs, da, drouter,
-            T, inner, R, Q, stream, dropout.threshold(dropout_p), dropout.survivor_scale(dropout_p),
-            SPLITS=splits, BLOCK_T=tile.block_t, BLOCK_I=tile.block_k, BLOCK_R=tile.block_n,
-            BLOCK_Q=tiles.padded_logits(Q), num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-    return dh_gate, dh, dbs, da, drouter
-
-
-def swiglu_weights_tiles(R: int, dlogits: Tensor | None, dtype: torch.dtype, capability: Capability) -> Tiles | None:
-    """``block_t`` tokens at a time, ``block_k`` intermediate features, ``block_n`` columns of a shrink; None where
-    three accumulators do not fit in registers, and where nobody measured that they pay."""
-    Q = tiles.padded_logits(0 if dlogits is None else dlogits.shape[1])
-    block_r = max(next_power_of_2(R), tiles.MIN_DOT)
-    if capability != (9, 0) or dtype == torch.float32 or block_r > 128 or Q > tiles.MIN_DOT:
-        return None
-    return Tiles(block_t=32, block_k=64, block_n=block_r, num_warps=8, num_stages=3)
 
 
 def compile_cases(_: Capability) -> Iterator[Case]:

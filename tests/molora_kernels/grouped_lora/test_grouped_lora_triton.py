@@ -103,7 +103,7 @@ def test_adapters_are_cast_by_one_call(
 def test_tiles_fit_in_shared_memory(dtype: torch.dtype, capability: tuple[int, int] | None) -> None:
     limit = shared_memory_kib(capability) * 1024
     for P in (1, 8, 32, 96, 128, 256, 1024):
-        for Q in (0, 16, 32):
+        for Q in (0, 16, 32, 64):
             shrink, weight = (f(P, Q, dtype, capability) for f in (tiles.shrink_tiles, tiles.weight_tiles))
             inputs = tiles.input_tiles(P, dtype, capability)
             # one stage holds both operands and the router's
@@ -119,7 +119,9 @@ def test_tiles_fit_in_shared_memory(dtype: torch.dtype, capability: tuple[int, i
 
 def test_splits_of_the_tokens() -> None:
     tile = tiles.weight_tiles(256, 0, torch.bfloat16, (9, 0))
-    assert tiles.weight_splits(8192, 256, 3072, tile) == 256 // (3072 // tile.block_k)
+    assert tiles.weight_splits(8192, 256, 3072, tile) == 5  # 24 blocks of features: 120 programs
+    assert tiles.weight_splits(8192, 256, 8192, tile) == 4  # 64 blocks
+    assert tiles.weight_splits(8192, 256, 1024, tile) == 16  # 8 blocks, and more terms for want of programs
     assert tiles.weight_splits(1, 256, 3072, tile) == 1
     assert tiles.weight_splits(0, 256, 3072, tile) == 1
 
