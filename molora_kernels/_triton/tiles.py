@@ -48,8 +48,11 @@ def _cuda_capability(index: int) -> tuple[int, int]:
 
 
 def launching_on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors' own."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Triton launches on the current device, which need not be the tensors' own. Where it is, nothing is switched:
+    a step launches hundreds of kernels, and the host is to stay ahead of them."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def next_power_of_2(n: int) -> int:
