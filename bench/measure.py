@@ -177,13 +177,17 @@ def spent(variant: Variant, x: Tensor, upstream: Outputs, most: int = 4) -> dict
     return {key.removeprefix("aten::"): round(taken[key] / whole, 3) for key in largest} if whole else {}
 
 
-def kernels(variant: Variant, x: Tensor, upstream: Outputs, most: int = 40) -> dict[str, tuple[int, float]]:
-    """Of a forward and backward on CUDA, the kernels that took longest: how often each ran, and its milliseconds."""
+def kernels(variant: Variant, x: Tensor, upstream: Outputs, most: int = 40) -> dict[str, Any]:
+    """Of a forward and backward on CUDA: milliseconds of all kernels together, without what lies between them, and the
+    ``most`` that took longest, with how often each ran."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         variant.backward(variant.forward(input_leaf(x)), upstream)
         torch.cuda.synchronize(x.device)
     events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
-    return {e.key[:120]: (e.count, round(1e-3 * e.self_device_time_total, 4)) for e in events[:most]}
+    return {
+        "kernels_ms": round(1e-3 * sum(event.self_device_time_total for event in events), 3),
+        "kernels": {e.key[:120]: (e.count, round(1e-3 * e.self_device_time_total, 4)) for e in events[:most]},
+    }
 
 
 def out_of_memory(variant: Variant, x: Tensor, upstream: Outputs) -> str:
@@ -236,7 +240,7 @@ def rows(
             row["update_ms"] = round(statistics.median(timing.update), 3)
         if x.is_cuda:
             row["host_ms"] = round(statistics.median(timing.host), 3)
-            row["kernels"] = kernels(variants[name], x, upstream)
+            row |= kernels(variants[name], x, upstream)
         peak = peak_mib(variants[name], x, upstream)
         made.append(row if peak is None else row | {"peak_mib": round(peak, 1)})
     return made

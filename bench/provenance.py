@@ -18,16 +18,25 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "eulerforge", "mixlora", 
 def provenance() -> dict[str, Any]:
     """Command, commit and versions; ``uncommitted_changes`` concerns tracked files that are no results.
 
-    A copy of the code is told its commit, whatever it holds besides, by the environment variable ``MOLORA_COMMIT``.
+    A copy of the code is told its commit by the environment variable ``MOLORA_COMMIT``, whatever else it holds: whoever
+    copied it knows what the copy's own history need not say, and whether all of it was committed.
     """
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results")
+    told = os.environ.get("MOLORA_COMMIT")
+    status = ("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results")
+    changed = None if told else _git(*status)
     return {
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
-        "commit": os.environ.get("MOLORA_COMMIT") or _git("rev-parse", "HEAD"),
+        "command": " ".join(["python", *_argv()]),
+        "commit": told or _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changed is None else bool(changed),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
     }
+
+
+def _argv() -> list[str]:
+    """As it was called, but where the result was put for the moment is nobody's business: its name says which it is."""
+    words = sys.orig_argv[1:]
+    return [Path(word).name if before == "--json" else word for before, word in zip(["", *words], words, strict=False)]
 
 
 def commit_of(source: Mapping[str, Any]) -> str:

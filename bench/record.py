@@ -15,6 +15,7 @@ from bench.provenance import provenance
 COLUMNS = {
     "update_ms": "update ms",
     "host_ms": "host ms",
+    "kernels_ms": "kernels ms",
     "peak_mib": "peak MiB",
     "gbyte": "GB fwd, bwd",
     "gflop": "GFLOP",

@@ -6,6 +6,7 @@ written by hand, and a test compares them with the results.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -173,26 +174,36 @@ def _origins(results: Results, device: str, full: str) -> str:
 
 
 def speed_gpu(results: Results) -> str:
-    """The block at Llama-3.2-3B's size, and the step at both stages' shapes, on a GPU."""
-    block = {
-        "bf16": results.get("mlp-cuda-bf16"),
-        "bf16, beside torch.compile": results.get("mlp-cuda-bf16-compile"),
-        "dropout 0.05": results.get("mlp-cuda-bf16-dropout"),
-    }
-    steps = {f"step, stage {n}": results.get(f"step-cuda-bf16-stage{n}") for n in (1, 2)}
-    found = {**block, **steps}
-    names = _variants(found.values()) or ["frozen base", "molora"]
+    """The block at Llama-3.2-3B's size, and the step at both stages' shapes, on a GPU: what was measured of it."""
+    sweep = results.get("sweep-cuda-bf16-experts")
+    ours = (run for run in (sweep or {}).get("runs", ()) if run["shape"]["experts"] == 4)
+    found = {}
+    for head, result, whole in (
+        ("block, ", results.get("mlp-cuda-bf16"), results.get("mlp-cuda-bf16")),
+        ("block again, ", next(ours, None), sweep),
+        ("beside torch.compile, ", *[results.get("mlp-cuda-bf16-compile")] * 2),
+        ("dropout 0.05, ", *[results.get("mlp-cuda-bf16-dropout")] * 2),
+    ):
+        found[head + commit_of(whole["provenance"]) if whole else head] = result
+    for n, suffix in itertools.product((1, 2), ("", "-checkpointing")):
+        what = ", recomputing layers" if suffix else ""
+        found[f"step, stage {n}{what}"] = results.get(f"step-cuda-bf16-stage{n}{suffix}")
+    found = {head: result for head, result in found.items() if result}
+    if not found:
+        return f"{NOT_MEASURED.capitalize()} yet.\n"
+    steps = [result for head, result in found.items() if head.startswith("step")]
     rows = (
         [
             _name(v),
             *(_cell(r, v, "ratio") for r in found.values()),
-            _cell(found["step, stage 2"], v, "tokens_per_s", "{:,.0f}"),
-            _gib(found["step, stage 2"], v),
+            *(_cell(r, v, "tokens_per_s", "{:,.0f}") for r in steps[-1:]),
+            *(_gib(r, v) for r in steps[-1:]),
         ]
-        for v in names
+        for v in _variants(found.values())
     )
-    head = "time over the frozen base, forward + backward"
-    return _table([head, *found, "tokens/s, stage 2", "peak memory, stage 2"], rows)
+    more = ["tokens/s of it", "peak memory of it"] if steps else []
+    filled = ([cell.replace(NOT_MEASURED, "") for cell in row] for row in rows)
+    return _table(["time over the frozen base, forward + backward", *found, *more], filled)
 
 
 def _gib(result: Result | None, variant: str) -> str:
@@ -228,7 +239,7 @@ def ops(device: str, dtype: str) -> Callable[[Results], str]:
                             f"{row[ms]:.2f}",
                             f"{100 * row['share'][i]:.0f} %",
                             f"{base[0]['variant']} {base[0][ms]:.2f}",
-                            "" if i else ", ".join(f"{key} {100 * part:.0f} %" for key, part in row["spent"].items()),
+                            "" if i else _spent(row["spent"]),
                         ]
                     )
         shape, machine = result["shape"], result["roofline"]
@@ -252,6 +263,17 @@ def ops(device: str, dtype: str) -> Callable[[Results], str]:
         return head + _table(heads, rows)
 
     return block
+
+
+def _spent(shares: Mapping[str, float]) -> str:
+    """Kernels by their short names: cuBLAS names its own by tile, PyTorch its by template."""
+    short: dict[str, float] = {}
+    for key, part in shares.items():
+        name = "cuBLAS" if key.startswith("nvjet") else key
+        if name.startswith("void "):
+            name = re.split(r"[<(]", name.removeprefix("void "))[0].split("::")[-1]
+        short[name] = short.get(name, 0.0) + part
+    return ", ".join(f"{name} {100 * part:.0f} %" for name, part in short.items())
 
 
 def dispatch(device: str) -> Callable[[Results], str]:

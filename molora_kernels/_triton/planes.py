@@ -17,7 +17,7 @@ from torch import Tensor
 
 from molora_kernels._triton.cases import Case
 from molora_kernels._triton.dot import bf16_terms
-from molora_kernels._triton.tiles import Capability, Tiles, launching_on
+from molora_kernels._triton.tiles import Capability, Tiles, cdiv, launching_on
 
 PLANES = tl.constexpr(4)
 """Planes that a product is laid out for: three, and one of nothing, since its columns are a power of two."""
@@ -40,7 +40,7 @@ def planes(x: Tensor) -> Tensor:
     made, n = x.new_empty(3, *x.shape, dtype=torch.bfloat16), x.numel()
     if n:
         with launching_on(x.device):
-            planes_kernel[(triton.cdiv(n, TILES.block_k),)](
+            planes_kernel[(cdiv(n, TILES.block_k),)](
                 x.contiguous(), made, n, BLOCK=TILES.block_k, num_warps=TILES.num_warps
             )
     return made

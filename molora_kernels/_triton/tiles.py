@@ -55,5 +55,10 @@ def launching_on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
+def cdiv(a: int, b: int) -> int:
+    """As ``triton.cdiv``, which takes as long on the host as a tenth of a launch."""
+    return -(-a // b)
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()

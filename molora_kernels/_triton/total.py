@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from molora_kernels._triton.cases import DTYPES, Case, short
-from molora_kernels._triton.tiles import Capability, Tiles, launching_on
+from molora_kernels._triton.tiles import Capability, Tiles, cdiv, launching_on
 
 TILES = Tiles(block_t=0, block_k=1024)
 
@@ -35,7 +35,7 @@ def total(terms: Tensor, dtype: torch.dtype) -> Tensor:
     made = terms.new_empty(terms.shape[1:], dtype=dtype)
     if n := made.numel():
         with launching_on(terms.device):
-            total_kernel[(triton.cdiv(n, TILES.block_k),)](
+            total_kernel[(cdiv(n, TILES.block_k),)](
                 terms, made, n, terms.stride(0), SPLITS=len(terms), BLOCK=TILES.block_k, num_warps=TILES.num_warps
             )
     return made

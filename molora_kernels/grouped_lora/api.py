@@ -71,7 +71,7 @@ def grouped_lora(
         else:
             experts = 1 if gates is None else gates.shape[-1]
             form = dispatch.form_for(flat, experts, top_k, lora_a[0].shape[0] // experts) if weights else "dense"
-            outputs, _ = op.grouped_lora_fwd(
+            outputs, _ = op.grouped_lora(
                 flat, *lists, flat_gates, dropout_seed, scaling, dropout_p, stream, top_k or experts, form
             )
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)

@@ -22,7 +22,7 @@ from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.dot import dot, dot_by_fp32, dot_fp32_by_fp32, dot_in_steps
 from molora_kernels._triton.dropout import kept, row_keys
 from molora_kernels._triton.planes import PLANES, planes
-from molora_kernels._triton.tiles import Capability, capability_of, launching_on
+from molora_kernels._triton.tiles import Capability, capability_of, cdiv, launching_on
 from molora_kernels._triton.total import total
 from molora_kernels.grouped_lora import gating, portable, tiles
 from molora_kernels.grouped_lora.forward import cast_together, rows_contiguous
@@ -258,7 +258,7 @@ def weight_partials(
     partials = x_TK.new_empty(shape, dtype=torch.float32)
     router_partials = x_TK.new_empty(splits, Q, K, dtype=torch.float32)
     with launching_on(x_TK.device):
-        weight_bwd_kernel[(triton.cdiv(max(P, 1), tile.block_n), triton.cdiv(K, tile.block_k), splits)](
+        weight_bwd_kernel[(cdiv(max(P, 1), tile.block_n), cdiv(K, tile.block_k), splits)](
             left_TP, dlogits_TQ, x_TK, dropout_seed if dropout_p else None, partials, router_partials,
             T, P, Q, K, 0 if left_TP is None else left_TP.stride(0), x_TK.stride(0), *strides,
             stream, dropout.threshold(dropout_p), dropout.survivor_scale(dropout_p),
@@ -294,7 +294,7 @@ def input_grad(
     if not dx.numel():
         return dx
     with launching_on(ds_TP.device):
-        input_bwd_kernel[(triton.cdiv(K, tile.block_k) * triton.cdiv(T, tile.block_t),)](
+        input_bwd_kernel[(cdiv(K, tile.block_k) * cdiv(T, tile.block_t),)](
             ds_TP, a_PK, dlogits_TQ, router_QK, dropout_seed if dropout_p else None, dx, T, P, Q, K,
             stream, dropout.threshold(dropout_p), dropout.survivor_scale(dropout_p),
             BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_Q=q_padded, BLOCK_K=tile.block_k,

@@ -23,7 +23,7 @@ from molora_kernels._triton.dot import dot, dot_in_steps
 from molora_kernels._triton.dropout import kept, row_keys
 from molora_kernels._triton.planes import PLANES, planes
 from molora_kernels._triton.routing import choose, gates_of, softmax, sums_of
-from molora_kernels._triton.tiles import Capability, capability_of, launching_on
+from molora_kernels._triton.tiles import Capability, capability_of, cdiv, launching_on
 from molora_kernels.grouped_lora import gating, portable, tiles
 
 
@@ -194,7 +194,7 @@ def _shrink(
     heads, experts = tiles.padded_experts(H, E)
     Q = heads * experts if routers else 0
     tile = tiles.shrink_tiles(P, tiles.PLANES * Q, x_TK.dtype, capability_of(x_TK.device), drops=dropout_p > 0)
-    blocks_p, blocks_t = triton.cdiv(P, tile.block_n), triton.cdiv(T, tile.block_t)
+    blocks_p, blocks_t = cdiv(P, tile.block_n), cdiv(T, tile.block_t)
     s = x_TK.new_empty(T, P)
     gates = logits = partials = None
     given: tuple[Tensor | None, ...] = (None,) * 4

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.routing import dlogits_of_gates, dlogits_of_sums, softmax
-from molora_kernels._triton.tiles import Capability, Tiles, launching_on, next_power_of_2
+from molora_kernels._triton.tiles import Capability, Tiles, cdiv, launching_on, next_power_of_2
 
 GATE_ROWS, GATE_COLUMNS, BACKWARD_ROWS = 16, 64, 32
 """One program's share of these kernels, which are bound by memory and by launching; the first two measured on sm_90."""
@@ -140,7 +140,7 @@ def gate(s_TP: Tensor, gates_THE: Tensor | None, groups: int, scaling: float) ->
     if s_TP.numel():
         gates = None if gates_THE is None else gates_THE.contiguous()
         with launching_on(s_TP.device):
-            gate_fwd_kernel[(triton.cdiv(T, GATE_ROWS), triton.cdiv(P, GATE_COLUMNS))](
+            gate_fwd_kernel[(cdiv(T, GATE_ROWS), cdiv(P, GATE_COLUMNS))](
                 s_TP, gates, gated, T, P, P // groups, H, E, scaling,
                 BLOCK_T=GATE_ROWS, BLOCK_P=GATE_COLUMNS, num_warps=FORWARD_TILES.num_warps,
             )  # fmt: skip
@@ -184,7 +184,7 @@ def gate_backward(
     if s_TP.numel() and (need_ds or need_gated or need_dgates):
         logits, more, dsums, mask, top_k = router or (None, None, None, None, 1)
         with launching_on(s_TP.device):
-            gate_bwd_kernel[(triton.cdiv(T, BACKWARD_ROWS), H)](
+            gate_bwd_kernel[(cdiv(T, BACKWARD_ROWS), H)](
                 dgated_TP, s_TP, gates, ds, gated, logits, more, dsums, mask, out,
                 T, P, R, R // E, H, groups // H, scaling,
                 TOP_K=top_k, E=E, E_PAD=next_power_of_2(E),

@@ -25,7 +25,7 @@ from molora_kernels import dropout
 from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.dot import dot
 from molora_kernels._triton.dropout import kept, row_keys
-from molora_kernels._triton.tiles import Capability, capability_of, launching_on
+from molora_kernels._triton.tiles import Capability, capability_of, cdiv, launching_on
 from molora_kernels._triton.total import total
 from molora_kernels.grouped_lora import gating, portable_grouped, tiles
 from molora_kernels.grouped_lora.forward import cast_together, rows_contiguous
@@ -453,7 +453,7 @@ def _expand(
         return
     bias = None if bias is None else bias.contiguous()
     with launching_on(y_TN.device):
-        set_expand_kernel[(triton.cdiv(N, tile.block_n) * sets.counts.shape[0],)](
+        set_expand_kernel[(cdiv(N, tile.block_n) * sets.counts.shape[0],)](
             s, b_RN, bias, seed if p else None, y_TN, sets.order, sets.slots, sets.experts, sets.counts,
             T, N, E, r, s.stride(0), *b_RN.stride(), stream, dropout.threshold(p), dropout.survivor_scale(p),
             ADD=add, SLOTS=tiles.slots_of(r, k, y_TN.dtype), BLOCK_T=tile.block_t, BLOCK_R=tiles.block_r(r, y_TN.dtype),
@@ -483,7 +483,7 @@ def _weight_grads(
     shape, strides = ((splits, K, E * r), (1, E * r)) if transposed else ((splits, E * r, K), (K, 1))
     partials = x_TK.new_empty(shape, dtype=torch.float32)
     with launching_on(x_TK.device):
-        expert_weight_kernel[(E * triton.cdiv(r, tile.block_n), triton.cdiv(K, tile.block_k), splits)](
+        expert_weight_kernel[(E * cdiv(r, tile.block_n), cdiv(K, tile.block_k), splits)](
             left, x_TK, seed if p else None, partials, pairs, starts,
             K, E, r, left.stride(0), x_TK.stride(0), *strides,
             stream, dropout.threshold(p), dropout.survivor_scale(p),

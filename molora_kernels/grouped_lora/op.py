@@ -9,11 +9,11 @@ from torch import Tensor
 
 from molora_kernels import autocast
 from molora_kernels.backend import backend_for
+from molora_kernels.direct import Operator, is_plain
 from molora_kernels.grouped_lora import portable, portable_grouped
 
 
-@torch.library.custom_op("molora::grouped_lora_fwd", mutates_args=())
-def grouped_lora_fwd(
+def _grouped_lora_fwd(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
@@ -34,6 +34,9 @@ def grouped_lora_fwd(
 
         return forward.forward(*args) if form == "dense" else grouped.forward(*args, top_k)
     return portable.forward(*args) if form == "dense" else portable_grouped.forward(*args, top_k)
+
+
+grouped_lora_fwd = torch.library.custom_op("molora::grouped_lora_fwd", _grouped_lora_fwd, mutates_args=())
 
 
 @grouped_lora_fwd.register_fake
@@ -60,8 +63,7 @@ def shrink_columns(rank: int, gates: Tensor | None, top_k: int, form: str) -> in
     return rank if gates is None or form == "dense" else rank // gates.shape[-1] * top_k
 
 
-@torch.library.custom_op("molora::grouped_lora_bwd", mutates_args=())
-def grouped_lora_bwd(
+def _grouped_lora_bwd(
     dys: list[Tensor],
     x: Tensor,
     weights: list[Tensor],
@@ -92,6 +94,9 @@ def grouped_lora_bwd(
         if form == "dense":
             return portable.backward(dys, *args, *needs)
         return portable_grouped.backward(dys, *args, *needs, top_k)
+
+
+grouped_lora_bwd = torch.library.custom_op("molora::grouped_lora_bwd", _grouped_lora_bwd, mutates_args=())
 
 
 @grouped_lora_bwd.register_fake
@@ -139,7 +144,8 @@ def _backward(ctx: Any, dys: list[Tensor | None], _ds: None) -> tuple[Any, ...]:
     dys = [x.new_zeros(x.shape[0], b.shape[0]) if dy is None else dy for dy, b in zip(dys, lora_b, strict=True)]
     needs = ctx.needs_input_grad
     need_dx, need_dlora, need_dgates = needs[0], any(needs[3]) or any(needs[4]), gates is not None and needs[5]
-    dx, da, db, dgates = grouped_lora_bwd(
+    compute: Any = _grouped_lora_bwd if is_plain(x) else grouped_lora_bwd
+    dx, da, db, dgates = compute(
         dys, x, weights, lora_a, lora_b, gates, s, dropout_seed, *ctx.settings, need_dx, need_dlora, need_dgates
     )  # fmt: skip
     none = [None] * n
@@ -156,3 +162,4 @@ def _backward(ctx: Any, dys: list[Tensor | None], _ds: None) -> tuple[Any, ...]:
 
 
 grouped_lora_fwd.register_autograd(_backward, setup_context=_setup_context)
+grouped_lora = Operator(grouped_lora_fwd, _grouped_lora_fwd, _setup_context, _backward)

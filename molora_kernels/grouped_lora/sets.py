@@ -22,7 +22,7 @@ from torch import Tensor
 
 from molora_kernels._triton.cases import Case
 from molora_kernels._triton.routing import choose
-from molora_kernels._triton.tiles import Capability, Tiles, launching_on, next_power_of_2
+from molora_kernels._triton.tiles import Capability, Tiles, cdiv, launching_on, next_power_of_2
 
 MAX_EXPERTS = 64
 """A set is one bit per expert of an int64."""
@@ -114,7 +114,7 @@ def sets_of(gates_TE: Tensor, top_k: int, rows: int) -> Sets:
     T, E = gates_TE.shape
     if E > MAX_EXPERTS:
         raise ValueError(f"grouped_lora: the grouped form's kernels take up to {MAX_EXPERTS} experts, not {E}")
-    tiles, e_pad = triton.cdiv(T, rows), next_power_of_2(E)
+    tiles, e_pad = cdiv(T, rows), next_power_of_2(E)
     like = gates_TE.device
     chosen = torch.empty(T, top_k, dtype=torch.int64, device=like)
     slots = torch.empty(T, E, dtype=torch.int8, device=like)
@@ -124,7 +124,7 @@ def sets_of(gates_TE: Tensor, top_k: int, rows: int) -> Sets:
     if not T:
         return Sets(chosen, slots, torch.empty(T, dtype=torch.int64, device=like), experts, counts, rows)
     with launching_on(like):
-        choices_kernel[(triton.cdiv(T, CHOICES.block_t),)](
+        choices_kernel[(cdiv(T, CHOICES.block_t),)](
             gates_TE, chosen, slots, sets, T, gates_TE.stride(0), gates_TE.stride(1),
             TOP_K=top_k, E=E, E_PAD=e_pad, BLOCK_T=CHOICES.block_t, num_warps=CHOICES.num_warps,
         )  # fmt: skip

@@ -111,7 +111,7 @@ def mlp_block(
         else:
             experts = routers[0].weight.shape[0] if routers else 1
             form = dispatch.form_for(x, experts, top_k, gate.lora_a.shape[0] // experts)
-            y, sums, counts, saved = op.mlp_block_fwd(*args, form)
+            y, sums, counts, saved = op.mlp_block(*args, form)
             gates = op.gates_of(saved)
     each = tuple(g.detach().view(*leading, g.shape[-1]) for routed in gates for g in routed.unbind(1))
     return MlpOutput(y.view(*leading, y.shape[-1]), sums, counts.detach(), each)

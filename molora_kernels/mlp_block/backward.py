@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from molora_kernels._triton.cases import DTYPES, Case, short
-from molora_kernels._triton.tiles import Capability, launching_on
+from molora_kernels._triton.tiles import Capability, cdiv, launching_on
 from molora_kernels._triton.total import total
 from molora_kernels.grouped_lora import backward as grouped_lora
 from molora_kernels.grouped_lora import gating, grouped
@@ -206,7 +206,7 @@ def swiglu_backward(h_gate: Tensor, h_up: Tensor, dh: Tensor, *, need_h: bool) -
     dh_gate, n = torch.empty_like(dh), dh.numel()
     if n:
         with launching_on(dh.device):
-            swiglu_bwd_kernel[(triton.cdiv(n, BLOCK),)](
+            swiglu_bwd_kernel[(cdiv(n, BLOCK),)](
                 h_gate, h_up, dh, h, dh_gate, dh, n, BLOCK=BLOCK, num_warps=TILES.num_warps
             )
     return dh.new_empty(0, 0) if h is None else h, dh_gate, dh

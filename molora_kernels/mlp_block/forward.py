@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from molora_kernels._triton.cases import DTYPES, Case, short
-from molora_kernels._triton.tiles import Capability, Tiles, launching_on
+from molora_kernels._triton.tiles import Capability, Tiles, cdiv, launching_on
 from molora_kernels.grouped_lora import forward as grouped_lora
 from molora_kernels.grouped_lora import gating, grouped, tiles
 from molora_kernels.mlp_block import portable
@@ -109,9 +109,7 @@ def swiglu(h_gate_TI: Tensor, h_up_TI: Tensor) -> Tensor:
     h, n = torch.empty_like(h_gate_TI), h_gate_TI.numel()
     if n:
         with launching_on(h.device):
-            swiglu_fwd_kernel[(triton.cdiv(n, BLOCK),)](
-                h_gate_TI, h_up_TI, h, n, BLOCK=BLOCK, num_warps=TILES.num_warps
-            )
+            swiglu_fwd_kernel[(cdiv(n, BLOCK),)](h_gate_TI, h_up_TI, h, n, BLOCK=BLOCK, num_warps=TILES.num_warps)
     return h
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from molora_kernels import autocast
 from molora_kernels.backend import backend_for
+from molora_kernels.direct import Operator, is_plain
 from molora_kernels.mlp_block import portable
 
 
-@torch.library.custom_op("molora::mlp_block_fwd", mutates_args=())
-def mlp_block_fwd(
+def _mlp_block_fwd(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
@@ -36,6 +36,9 @@ def mlp_block_fwd(
 
         return forward.forward(*args, top_k, scaling, dropout_p, form)
     return portable.forward(*args, top_k, scaling, dropout_p, form)
+
+
+mlp_block_fwd = torch.library.custom_op("molora::mlp_block_fwd", _mlp_block_fwd, mutates_args=())
 
 
 @mlp_block_fwd.register_fake
@@ -79,12 +82,11 @@ def _(
 
 
 def gates_of(saved: list[Tensor]) -> list[Tensor]:
-    """Of what :func:`mlp_block_fwd` saved, the gates (T, H, E) of gate and up, and of down; none without routers."""
+    """Of what the forward saved, the gates (T, H, E) of gate and up, and of down; none without routers."""
     return [gates for gates in (saved[4], saved[6]) if gates.ndim == 3]
 
 
-@torch.library.custom_op("molora::mlp_block_bwd", mutates_args=())
-def mlp_block_bwd(
+def _mlp_block_bwd(
     dy: Tensor,
     dsums: Tensor | None,
     x: Tensor,
@@ -112,6 +114,9 @@ def mlp_block_bwd(
         return backward.backward(*args, *needs, form)
     with autocast.off(x):  # backward may be called under autocast, though it should not be
         return portable.backward(*args, *needs, form)
+
+
+mlp_block_bwd = torch.library.custom_op("molora::mlp_block_bwd", _mlp_block_bwd, mutates_args=())
 
 
 @mlp_block_bwd.register_fake
@@ -165,7 +170,8 @@ def _backward(
     need_dx, need_dlora, need_drouter = needs[0], any(needs[3]) or any(needs[4]), any(needs[5]) or any(needs[6])
     if dy is None:
         dy = x.new_zeros(x.shape[0], weights[2].shape[0])
-    dx, da, db, drouter, drouter_bias = mlp_block_bwd(
+    compute: Any = _mlp_block_bwd if is_plain(x) else mlp_block_bwd
+    dx, da, db, drouter, drouter_bias = compute(
         dy, dsums, x, weights, lora_a, lora_b, router_weights, saved, mask, dropout_seed,
         *ctx.settings, need_dx, need_dlora, need_drouter,
     )  # fmt: skip
@@ -185,3 +191,4 @@ def _backward(
 
 
 mlp_block_fwd.register_autograd(_backward, setup_context=_setup_context)
+mlp_block = Operator(mlp_block_fwd, _mlp_block_fwd, _setup_context, _backward)

@@ -75,5 +75,5 @@ def router(
         if reference_chosen():
             gates, sums, counts = reference.router(flat, weight, bias, selection_bias, flat_mask, top_k)
         else:
-            gates, _, sums, counts = op.router_fwd(flat, weight, bias, selection_bias, flat_mask, top_k)
+            gates, _, sums, counts = op.router(flat, weight, bias, selection_bias, flat_mask, top_k)
     return Routing(gates.view(*x.shape[:-1], heads, experts), sums, counts.detach())

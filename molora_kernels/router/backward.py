@@ -19,7 +19,7 @@ from torch import Tensor
 from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.dot import dot_by_fp32, dot_fp32_by_fp32
 from molora_kernels._triton.routing import dlogits_of_gates, dlogits_of_sums, softmax
-from molora_kernels._triton.tiles import Capability, Tiles, capability_of, launching_on, next_power_of_2
+from molora_kernels._triton.tiles import Capability, Tiles, capability_of, cdiv, launching_on, next_power_of_2
 from molora_kernels.router.forward import ROUTERS, check_supported, flags, fp32
 
 
@@ -158,7 +158,7 @@ def dlogits_of(
     dlogits = torch.empty_like(logits)
     if rows:
         with launching_on(logits.device):
-            router_bwd_dlogits_kernel[(triton.cdiv(rows, tiles.block_t),)](
+            router_bwd_dlogits_kernel[(cdiv(rows, tiles.block_t),)](
                 fp32(dgates), fp32(dsums), logits, gates, flags(mask), dlogits, rows, heads,
                 TOP_K=top_k, E=experts, E_PAD=e_pad, BLOCK_ROWS=tiles.block_t, num_warps=tiles.num_warps,
             )  # fmt: skip
@@ -171,9 +171,9 @@ def through_logits(
     """dx (T, K), dweight (C, K) and dbias (C,) from dlogits (T, C) and weight (C, K); what is not needed is empty."""
     (tokens, features), columns = x.shape, weight.shape[0]
     tiles = backward_tiles(columns, x.dtype, capability_of(x.device))
-    k_tiles = triton.cdiv(features, tiles.block_k)
+    k_tiles = cdiv(features, tiles.block_k)
     t_split = tokens_per_split(tokens, k_tiles, tiles.block_t)
-    splits = triton.cdiv(tokens, t_split)
+    splits = cdiv(tokens, t_split)
 
     dx = torch.empty((tokens, features) if need_dx else 0, dtype=x.dtype, device=x.device)
     parts = splits if need_drouter else 0
@@ -200,7 +200,7 @@ PROGRAMS, MOST_SPLITS = 512, 64
 def tokens_per_split(tokens: int, k_tiles: int, block_t: int) -> int:
     """A multiple of block_t that makes about PROGRAMS programs of at most MOST_SPLITS splits."""
     splits = min(max(PROGRAMS // max(k_tiles, 1), 1), MOST_SPLITS)
-    return max(triton.cdiv(triton.cdiv(tokens, splits), block_t), 1) * block_t
+    return max(cdiv(cdiv(tokens, splits), block_t), 1) * block_t
 
 
 def backward_tiles(columns: int, dtype: torch.dtype, capability: Capability) -> Tiles:

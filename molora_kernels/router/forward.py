@@ -19,7 +19,7 @@ from torch import Tensor
 from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.dot import dot_by_fp32
 from molora_kernels._triton.routing import choose, gates_of, softmax, sums_of
-from molora_kernels._triton.tiles import Capability, Tiles, capability_of, launching_on, next_power_of_2
+from molora_kernels._triton.tiles import Capability, Tiles, capability_of, cdiv, launching_on, next_power_of_2
 
 MAX_EXPERTS, MAX_TOP_K = 64, 8
 MAX_COLUMNS = 256
@@ -136,7 +136,7 @@ def forward(
     check_supported(x, heads, experts, top_k)
     tiles = forward_tiles(heads, experts, x.dtype, capability_of(x.device))
     e_pad, head_tile = column_tile(heads, experts)
-    blocks = triton.cdiv(tokens, tiles.block_t)
+    blocks = cdiv(tokens, tiles.block_t)
 
     gates = torch.empty(tokens, heads, experts, dtype=torch.float32, device=x.device)
     logits = torch.empty_like(gates)
@@ -145,7 +145,7 @@ def forward(
     counts = torch.empty(heads, experts, dtype=torch.float32, device=x.device)
     with launching_on(x.device):
         if tokens:
-            router_fwd_kernel[(blocks, triton.cdiv(heads, head_tile))](
+            router_fwd_kernel[(blocks, cdiv(heads, head_tile))](
                 x, fp32(weight), fp32(bias), fp32(selection_bias), flags(mask), gates, logits, partials,
                 tokens, features, heads, x.stride(0), x.stride(1),
                 TOP_K=top_k, E=experts, E_PAD=e_pad, HEADS=head_tile,

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from molora_kernels import autocast
 from molora_kernels.backend import backend_for
+from molora_kernels.direct import Operator, is_plain
 from molora_kernels.router import portable
 
 
-@torch.library.custom_op("molora::router_fwd", mutates_args=())
-def router_fwd(
+def _router_fwd(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -29,6 +29,9 @@ def router_fwd(
     return portable.forward(x, weight, bias, selection_bias, mask, top_k)
 
 
+router_fwd = torch.library.custom_op("molora::router_fwd", _router_fwd, mutates_args=())
+
+
 @router_fwd.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, selection_bias: Tensor | None, mask: Tensor | None, top_k: int
@@ -40,8 +43,7 @@ def _(
     return gates, torch.empty_like(gates), sums, x.new_empty(heads, experts, dtype=dtype)
 
 
-@torch.library.custom_op("molora::router_bwd", mutates_args=())
-def router_bwd(
+def _router_bwd(
     dgates: Tensor | None,
     dsums: Tensor | None,
     x: Tensor,
@@ -61,6 +63,9 @@ def router_bwd(
         return backward.backward(*args)
     with autocast.off(x):  # backward may be called under autocast, though it should not be
         return portable.backward(*args)
+
+
+router_bwd = torch.library.custom_op("molora::router_bwd", _router_bwd, mutates_args=())
 
 
 @router_bwd.register_fake
@@ -95,7 +100,8 @@ def _backward(ctx: Any, dgates: Tensor | None, _dlogits: None, dsums: Tensor | N
     if dgates is None and dsums is None:
         return (None,) * 6
     need_dx, need_drouter = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-    dx, dweight, dbias = router_bwd(dgates, dsums, x, weight, logits, gates, mask, ctx.top_k, need_dx, need_drouter)
+    compute: Any = _router_bwd if is_plain(x) else router_bwd
+    dx, dweight, dbias = compute(dgates, dsums, x, weight, logits, gates, mask, ctx.top_k, need_dx, need_drouter)
     return (
         dx if need_dx else None,
         dweight.to(weight.dtype) if need_drouter else None,
@@ -107,3 +113,4 @@ def _backward(ctx: Any, dgates: Tensor | None, _dlogits: None, dsums: Tensor | N
 
 
 router_fwd.register_autograd(_backward, setup_context=_setup_context)
+router = Operator(router_fwd, _router_fwd, _setup_context, _backward)
