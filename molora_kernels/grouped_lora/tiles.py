@@ -29,7 +29,8 @@ sums do not depend on it."""
 EXPERT_PROGRAMS = 512
 """The same for one expert's tokens, of which there are fewer."""
 
-
+FP32_STAGES = {(8, 0): (3, 1), (8, 6): (2, 1), (8, 9): (2, 1), (9, 0): (3, 3), (10, 0): (3, 3)}
+"""Stages of the grouped shrink in fp32, of the fewest columns and of more, that do not spill; two on other GPUs."""
 COMPILED = ((32, 0, 0), (96, 0, 0), (128, 1, 4), (256, 2, 4), (256, 1, 4), (64, 3, 8), (256, 2, 16), (1024, 0, 0))
 """(P, H, E) of the compile matrix: plain LoRA of o and of q/k/v; mixtures of down, of gate/up with a router each and
 shared; the fewest columns beside three routers; the widest that ride along; and a shrink of several blocks."""
@@ -60,7 +61,7 @@ def shrink_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability, *, 
     ``drops``."""
     block_p = _block_p(P, dtype)
     if dtype == torch.float32:
-        return Tiles(block_t=32, block_k=32, block_n=block_p, num_warps=4, num_stages=2)
+        return Tiles(block_t=32, block_k=32, block_n=block_p, num_warps=4, num_stages=3)
     warps = 8 if block_p > 64 else 4
     if capability == (9, 0):
         block_k = 64 if block_p == MAX_P else 128
@@ -68,7 +69,8 @@ def shrink_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability, *, 
         rows, warps = (128, 8) if drops and block_p == MAX_P else (64, 4)  # beside dropout, 64 rows spill
         return Tiles(rows, block_k, block_p, warps, stages)
     if _reads_shared_memory(capability):
-        return _staged(64, 64, block_p, 2 * Q, warps, capability)
+        staged = _staged(64, 64, block_p, 2 * Q, warps, capability)
+        return replace(staged, num_stages=min(staged.num_stages, 3))  # a fourth spills beside 64 columns on sm_100
     # Operands pass through registers: a shorter step leaves room for the accumulators.
     return _staged(64, 32, block_p, 2 * Q, warps, capability)
 
@@ -138,13 +140,8 @@ def set_shrink_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability)
     """``block_t`` sorted rows, ``block_k`` of the features at a time, ``block_n`` columns of the experts."""
     columns = slots_of(r, k, dtype) * block_r(r, dtype)
     if dtype == torch.float32:
-        if capability == (9, 0):
-            return Tiles(set_rows(dtype), block_k=16, block_n=columns, num_warps=4, num_stages=3)
-        # 32 features at a time, staged, spill: with four warps on sm_86 (Triton 3.9) and sm_90 (3.6), with eight on
-        # sm_90. On sm_80 16 spill too, and so does every other step that is staged.
-        if capability == (8, 0):
-            return Tiles(set_rows(dtype), block_k=32, block_n=columns, num_warps=8, num_stages=1)
-        return Tiles(set_rows(dtype), block_k=16, block_n=columns, num_warps=4, num_stages=2)
+        narrow, wide = FP32_STAGES.get(capability or (0, 0), (2, 2))
+        return Tiles(set_rows(dtype), 16, columns, num_warps=4, num_stages=narrow if columns <= MIN_DOT else wide)
     warps = 8 if columns > 64 else 4
     if capability is not None and capability[0] == 9:
         block_k, warps = (128, 8) if columns <= 64 else (64, warps)

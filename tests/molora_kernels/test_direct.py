@@ -77,7 +77,7 @@ def test_what_does_not_train_gets_no_gradient() -> None:
 def test_a_second_derivative_is_refused() -> None:
     leaves, forward = block(torch.Generator().manual_seed(0))
     x = leaves[0].requires_grad_()
-    draw = torch.randn(5, generator=torch.Generator().manual_seed(1))
-    (dx,) = torch.autograd.grad(forward(x, *leaves[1:]), [x], draw, create_graph=True)
+    dy = torch.randn(5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    (dx,) = torch.autograd.grad(forward(x, *leaves[1:]), [x], dy, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad(dx, [x], torch.randn(dx.shape, generator=torch.Generator().manual_seed(2)))
+        torch.autograd.backward(dx, torch.randn(dx.shape, generator=torch.Generator().manual_seed(2)))
