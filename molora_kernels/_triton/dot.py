@@ -20,9 +20,15 @@ def dot(b_a, b_b, b_acc):
     """``acc + a @ b``, operands of one dtype, fp32 sums; fp32 operands are not rounded to tf32."""
     if INTERPRETED:
         return b_acc + tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), input_precision="ieee")
+    return tl.dot(b_a, b_b, b_acc, input_precision="ieee")
+
+
+@triton.jit
+def dot_of_many(b_a, b_b, b_acc):
+    """``dot`` as a step of a sum of thousands of products: in fp32, whose errors show, in steps."""
     if b_a.dtype == tl.float32:
         return dot_in_steps(b_a, b_b, b_acc)
-    return tl.dot(b_a, b_b, b_acc)
+    return dot(b_a, b_b, b_acc)
 
 
 @triton.jit

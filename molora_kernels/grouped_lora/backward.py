@@ -19,7 +19,7 @@ from torch import Tensor
 
 from molora_kernels import dropout
 from molora_kernels._triton.cases import DTYPES, Case, short
-from molora_kernels._triton.dot import dot, dot_by_fp32, dot_fp32_by_fp32, dot_in_steps
+from molora_kernels._triton.dot import dot, dot_by_fp32, dot_fp32_by_fp32, dot_in_steps, dot_of_many
 from molora_kernels._triton.dropout import kept, row_keys
 from molora_kernels._triton.planes import PLANES, planes
 from molora_kernels._triton.tiles import Capability, capability_of, cdiv, launching_on
@@ -89,7 +89,7 @@ def weight_bwd_kernel(
             b_left = tl.load(p_rows, mask=m_t[:, None] & m_p[None, :], other=0.0)
             if p_seed is not None:
                 b_x = tl.where(kept(row_keys(p_seed, o_t, stream), i_k * BLOCK_K, threshold, BLOCK_K), b_x, 0.0)
-            b_w = dot(tl.trans(b_x), b_left, b_w)
+            b_w = dot_of_many(tl.trans(b_x), b_left, b_w)
 
     o_split = i_s.to(tl.int64)
     if p_left is not None:

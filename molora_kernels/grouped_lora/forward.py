@@ -19,7 +19,7 @@ from torch import Tensor
 
 from molora_kernels import dropout
 from molora_kernels._triton.cases import DTYPES, Case, short
-from molora_kernels._triton.dot import dot, dot_in_steps
+from molora_kernels._triton.dot import dot_in_steps, dot_of_many
 from molora_kernels._triton.dropout import kept, row_keys
 from molora_kernels._triton.planes import PLANES, planes
 from molora_kernels._triton.routing import choose, gates_of, softmax, sums_of
@@ -89,7 +89,7 @@ def shrink_fwd_kernel(
             b_planes = dot_in_steps(b_x, b_router, b_planes)
         if p_seed is not None:
             b_x = tl.where(kept(b_keys, i_k * BLOCK_K, threshold, BLOCK_K), b_x, 0.0)
-        b_s = dot(b_x, b_a, b_s)
+        b_s = dot_of_many(b_x, b_a, b_s)
     if p_seed is not None:
         b_s *= keep_scale
     p_out = p_s + o_t.to(tl.int64)[:, None] * P + o_p[None, :]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from molora_kernels import dropout
 from molora_kernels._triton.cases import DTYPES, Case, short
-from molora_kernels._triton.dot import dot
+from molora_kernels._triton.dot import dot, dot_of_many
 from molora_kernels._triton.dropout import kept, row_keys
 from molora_kernels._triton.tiles import Capability, capability_of, cdiv, launching_on
 from molora_kernels._triton.total import total
@@ -88,7 +88,7 @@ def set_shrink_kernel(
                 b_a = tl.load(p_block, mask=m_k[:, None] & m_c[None, :], other=0.0)
                 if p_seed is not None:
                     b_x = tl.where(kept(b_keys, i_k * BLOCK_K, threshold, BLOCK_K), b_x, 0.0)
-                b_s = dot(b_x, b_a, b_s)
+                b_s = dot_of_many(b_x, b_a, b_s)
             if p_seed is not None:
                 b_s *= keep_scale
             p_slot = p_slots + b_row[:, None] * E + b_expert[None, :]
@@ -209,7 +209,7 @@ def expert_weight_kernel(
         b_left = tl.load(p_rows, mask=m_t[:, None] & m_r[None, :], other=0.0)
         if p_seed is not None:
             b_x = tl.where(kept(row_keys(p_seed, b_row, stream), i_k * BLOCK_K, threshold, BLOCK_K), b_x, 0.0)
-        b_w = dot(tl.trans(b_x), b_left, b_w)
+        b_w = dot_of_many(tl.trans(b_x), b_left, b_w)
     if p_seed is not None:
         b_w *= keep_scale
     o_out = i_s.to(tl.int64) * E * r * K + (i_e * r + o_r).to(tl.int64)[None, :] * stride_op

@@ -164,7 +164,9 @@ def set_expand_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability)
 
 def expert_weight_tiles(r: int, dtype: torch.dtype, capability: Capability) -> Tiles:
     """``block_t`` tokens of an expert at a time, ``block_k`` features, ``block_n`` columns of the expert."""
-    return weight_tiles(block_r(r, dtype), 0, dtype, capability)
+    tile = weight_tiles(block_r(r, dtype), 0, dtype, capability)
+    # Four warps spill on sm_100 in fp32.
+    return replace(tile, num_warps=8) if dtype == torch.float32 and capability == (10, 0) else tile
 
 
 def _block_p(P: int, dtype: torch.dtype) -> int:

@@ -207,7 +207,8 @@ def backward_tiles(columns: int, dtype: torch.dtype, capability: Capability) -> 
     """For :func:`router_bwd_kernel` and this many logits per token. Bound by reading x and writing dx."""
     c_pad = max(next_power_of_2(columns), 16)
     if dtype == torch.float32:
-        return Tiles(block_t=16, block_k=32 if c_pad <= 32 else 16, num_warps=4, num_stages=2)
+        # The most columns spill on sm_100 with four warps.
+        return Tiles(block_t=16, block_k=32 if c_pad <= 32 else 16, num_warps=8 if c_pad > 128 else 4, num_stages=2)
     if c_pad > 128:
         return Tiles(block_t=16, block_k=32, num_warps=8, num_stages=2)
     # On sm_86 and 89, 16 columns spill in bf16 with two stages, 32 with four warps (in fp16 with three stages too).
