@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from molora_kernels._triton import tiles
 from molora_kernels._triton.cases import Case
 from molora_kernels._triton.dot import bf16_terms
 from molora_kernels._triton.tiles import Capability, Tiles, cdiv, launching_on
 
-PLANES = tl.constexpr(4)
-"""Planes that a product is laid out for: three, and one of nothing, since its columns are a power of two."""
+PLANES: tl.constexpr = tl.constexpr(tiles.PLANES)
 TILES = Tiles(block_t=0, block_k=1024)
 
 

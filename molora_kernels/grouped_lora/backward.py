@@ -284,11 +284,8 @@ def input_grad(
     if dlogits_TQ is not None and router_QK is not None:
         Q = dlogits_TQ.shape[1]
         if tiles.rides_along(P, Q, ds_TP.dtype):
-            dlogits_TQ, router_QK, q_padded = (
-                planes(dlogits_TQ),
-                planes(router_QK),
-                tiles.padded_logits(P, Q, ds_TP.dtype),
-            )
+            dlogits_TQ, router_QK = planes(dlogits_TQ), planes(router_QK)
+            q_padded = tiles.padded_logits(P, Q, ds_TP.dtype)
     tile = tiles.input_tiles(P, ds_TP.dtype, capability_of(ds_TP.device), drops=dropout_p > 0)
     dx = ds_TP.new_empty(T, K)
     if not dx.numel():

@@ -1,6 +1,6 @@
 """Tiles of the grouped LoRA kernels: pure functions of shape, dtype and compute capability.
 
-Those of sm_90 are measured (``python -m bench tune``, docs/log.md); other GPUs' are what compiles without a spill.
+Those of sm_90 were chosen by time (``python -m bench tune``, docs/log.md), others by what compiles without a spill.
 
 Shape letters: T tokens, K wide features (input of shrink, output of expand), P columns of the shrink (or R of one
 projection), Q padded columns of the product that are the routers' and ride along; 0 without a router.
@@ -12,12 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from molora_kernels._triton.tiles import Capability, Tiles, next_power_of_2, shared_memory_kib
+from molora_kernels._triton.tiles import PLANES, Capability, Tiles, next_power_of_2, shared_memory_kib
 
 MAX_P = 256
 """Widest block of the shrink: its fp32 accumulator fills 64 registers a thread of two warp groups."""
-PLANES = 4
-"""As ``_triton/planes.py`` lays out fp32 beside bf16: three and one of nothing."""
 MAX_Q = 16
 """Most logits of a token that ride along: each is four columns of the product."""
 MIN_DOT = 16

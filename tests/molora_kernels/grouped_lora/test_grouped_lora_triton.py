@@ -129,14 +129,20 @@ def test_splits_of_the_tokens() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_offsets_beyond_an_int32(form: Form, device: torch.device) -> None:
     """Three rows, 2^30 elements apart: the third is out of a 32-bit offset's reach. Memory that nobody touches is free
-    on a CPU; on a GPU it is 4 GiB for each of two tensors. Not bit for bit what rows side by side give: cuBLAS may pick
-    other tiles for other strides."""
+    on a CPU; on a GPU it is 4 GiB for each of two tensors. cuBLAS, which cannot, gets a copy; the kernels can."""
 
     def far(rows: torch.Tensor) -> torch.Tensor:
         apart = 2**30 + 16
         memory = torch.empty(2 * apart + rows.shape[1], dtype=rows.dtype, device=device)
         return memory.as_strided(rows.shape, (apart, 1)).copy_(rows)
 
+    if form == "dense":
+        x, a, left = (torch.randn(*size, device=device).half() for size in ((3, 16), (5, 16), (3, 5)))
+        distant_x = far(x)
+        assert forward.rows_contiguous(x) is x and forward.rows_contiguous(distant_x).is_contiguous()
+        assert torch.equal(forward.shrink(distant_x, a, None, 0.0, 0), forward.shrink(x, a, None, 0.0, 0))
+        for near, there in zip(*(backward.weight_partials(t, left, None) for t in (x, distant_x)), strict=True):
+            assert torch.equal(near, there)
     inputs = lora_inputs(LoraCase(T=3, K=16, N=(16,), E=3, r=4, H=1, p=0.2), torch.float16, device)
     distant = replace(inputs, x=far(inputs.x), dys=[far(dy) for dy in inputs.dys])
     check(inputs, "triton", form, given=distant)
