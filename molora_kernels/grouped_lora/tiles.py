@@ -1,6 +1,7 @@
 """Tiles of the grouped LoRA kernels: pure functions of shape, dtype and compute capability.
 
-Those of sm_90 were chosen by time (``python -m bench tune``, docs/log.md), others by what compiles without a spill.
+Those of sm_90 were chosen by time (``python -m bench tune``, docs/log.md), others by what compiles without a spill. Cached, since they
+are asked at every launch.
 
 Shape letters: T tokens, K wide features (input of shrink, output of expand), P columns of the shrink (or R of one
 projection), Q padded columns of the product that are the routers' and ride along; 0 without a router.
@@ -8,6 +9,7 @@ projection), Q padded columns of the product that are the routers' and ride alon
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -54,6 +56,7 @@ def rides_along(P: int, Q: int, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and next_power_of_2(Q) <= MAX_Q and next_power_of_2(P) <= MAX_P
 
 
+@functools.cache
 def shrink_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability, *, drops: bool = False) -> Tiles:
     """``block_t`` rows, ``block_k`` at a time of the features, ``block_n`` columns of the shrink; with dropout if it
     ``drops``."""
@@ -73,6 +76,7 @@ def shrink_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability, *, 
     return _staged(64, 32, block_p, 2 * Q, warps, capability)
 
 
+@functools.cache
 def weight_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability) -> Tiles:
     """``block_t`` tokens at a time, ``block_k`` features, ``block_n`` columns of the shrink."""
     block_p = _block_p(P, dtype)
@@ -89,6 +93,7 @@ def weight_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability) -> 
     return _staged(32, block_k, block_p, 4 * Q, 8 if block_k * block_p > 64 * 128 else 4, capability)
 
 
+@functools.cache
 def input_tiles(P: int, dtype: torch.dtype, capability: Capability, *, drops: bool = False) -> Tiles:
     """``block_t`` rows and ``block_k`` features of dx, ``block_n`` at a time of the columns of the shrink."""
     block_p = min(max(next_power_of_2(P), MIN_DOT), 64)
@@ -134,6 +139,7 @@ def _most_columns(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 128
 
 
+@functools.cache
 def set_shrink_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability) -> Tiles:
     """``block_t`` sorted rows, ``block_k`` of the features at a time, ``block_n`` columns of the experts."""
     columns = slots_of(r, k, dtype) * block_r(r, dtype)
@@ -149,6 +155,7 @@ def set_shrink_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability)
     return replace(staged, num_stages=min(staged.num_stages, 3))
 
 
+@functools.cache
 def set_expand_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability) -> Tiles:
     """``block_t`` sorted rows, ``block_n`` columns of the output, ``block_k`` columns of the experts at a time."""
     columns = slots_of(r, k, dtype) * block_r(r, dtype)
@@ -160,6 +167,7 @@ def set_expand_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability)
     return Tiles(set_rows(dtype), block_k=columns, block_n=block_n, num_warps=warps, num_stages=stages)
 
 
+@functools.cache
 def expert_weight_tiles(r: int, dtype: torch.dtype, capability: Capability) -> Tiles:
     """``block_t`` tokens of an expert at a time, ``block_k`` features, ``block_n`` columns of the expert."""
     tile = weight_tiles(block_r(r, dtype), 0, dtype, capability)
