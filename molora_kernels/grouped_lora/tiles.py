@@ -1,7 +1,7 @@
 """Tiles of the grouped LoRA kernels: pure functions of shape, dtype and compute capability.
 
-Those of sm_90 were chosen by time (``python -m bench tune``, docs/log.md), others by what compiles without a spill. Cached, since they
-are asked at every launch.
+Those of sm_90 were chosen by time (``python -m bench tune``, docs/log.md), others by what compiles without a spill.
+Cached, since they are asked at every launch.
 
 Shape letters: T tokens, K wide features (input of shrink, output of expand), P columns of the shrink (or R of one
 projection), Q padded columns of the product that are the routers' and ride along; 0 without a router.
