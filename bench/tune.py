@@ -300,7 +300,7 @@ def _replaced(candidate: Candidate) -> Iterator[None]:
         module_name, name = path.split(":")
         module = importlib.import_module(module_name)
         before.append((module, name, getattr(module, name)))
-        setattr(module, name, (lambda *_, value=value: value) if callable(before[-1][2]) else value)
+        setattr(module, name, (lambda *_, value=value, **__: value) if callable(before[-1][2]) else value)
     try:
         yield
     finally:
