@@ -160,7 +160,7 @@ def set_expand_tiles(r: int, k: int, dtype: torch.dtype, capability: Capability)
     """``block_t`` sorted rows, ``block_n`` columns of the output, ``block_k`` columns of the experts at a time."""
     columns = slots_of(r, k, dtype) * block_r(r, dtype)
     if dtype == torch.float32:
-        warps = 8 if _reads_shared_memory(capability) else 4  # each spills on the other's GPUs
+        warps = 8 if capability is not None and capability[0] == 10 else 4  # each spills on the other's GPUs
         return Tiles(set_rows(dtype), block_k=columns, block_n=64, num_warps=warps, num_stages=2)
     block_n, stages = (128, 1 if capability == (9, 0) else 2) if _reads_shared_memory(capability) else (64, 2)
     warps = 8 if columns > 64 else 4
