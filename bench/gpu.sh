@@ -5,7 +5,7 @@
 #     tests      every kernel on the device against the fp64 reference, small and at real sizes
 #     core       the block, its operations and a training step at Llama-3.2-3B's shapes
 #     more       what changes with tokens, experts, dropout, the other stage; torch.compile
-#     sanitize   compute-sanitizer over one small case of each operation
+#     sanitize   compute-sanitizer over a small block, which has every operation in it
 #     tune       tiles that kernels could have beside those they have (see bench/tune.py)
 #
 # MOLORA_GPU_SECONDS, 530 by default, is what all of it may take; what comes last is cut.

@@ -179,7 +179,9 @@ def spent(variant: Variant, x: Tensor, upstream: Outputs, most: int = 4) -> dict
 
 def kernels(variant: Variant, x: Tensor, upstream: Outputs, most: int = 40) -> dict[str, Any]:
     """Of a forward and backward on CUDA: milliseconds of all kernels together, without what lies between them, and the
-    ``most`` that took longest, with how often each ran."""
+    ``most`` that took longest, with how often each ran. Gradients are made, not added to, as in a timed round."""
+    for leaf in variant.leaves:
+        leaf.grad = None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         variant.backward(variant.forward(input_leaf(x)), upstream)
         torch.cuda.synchronize(x.device)

@@ -36,7 +36,12 @@ def provenance() -> dict[str, Any]:
 def _argv() -> list[str]:
     """As it was called, but where the result was put for the moment is nobody's business: its name says which it is."""
     words = sys.orig_argv[1:]
-    return [Path(word).name if before == "--json" else word for before, word in zip(["", *words], words, strict=False)]
+    for i, word in enumerate(words):
+        if i and words[i - 1] == "--json":
+            words[i] = Path(word).name
+        elif word.startswith("--json="):
+            words[i] = f"--json={Path(word).name}"
+    return words
 
 
 def commit_of(source: Mapping[str, Any]) -> str:

@@ -367,6 +367,7 @@ def measured(
             if why := measure.out_of_memory(variant, batch.input_ids, upstream):
                 absent[name] = f"it needs more memory than there is: {why}"
                 del variants[name]
+    if BASE in steps and BASE not in absent:
         rows = measure.rows(variants, batch.input_ids, upstream, weights, base=BASE, rounds=rounds, warmup=warmup)
     for row in rows:
         step = steps[row["variant"]]

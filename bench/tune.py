@@ -204,7 +204,7 @@ def _gate_rows() -> Iterator[Candidate]:
     for rows, columns, warps in itertools.product((8, 16, 32), (64, 128), (4, 8)):
         tile = Tiles(rows, 0, columns, num_warps=warps)
         yield {
-            f"{module}:GATE_ROWS": rows, f"{module}:GATE_COLUMNS": columns,
+            f"{module}:GATE_ROWS": rows, f"{module}:GATE_COLUMNS": columns, f"{module}:BACKWARD_ROWS": rows,
             f"{module}:FORWARD_TILES": tile, f"{module}:BACKWARD_TILES": tile,
         }  # fmt: skip
 
@@ -239,27 +239,27 @@ TARGETS = {
     "dA gate/up": Target(
         _weights("hidden", lambda s: 2 * _mixture(s), 2),
         _tiles("weight_tiles", block_t=(32, 64), block_k=(64, 128), block_n=(256,), num_warps=WARPS, num_stages=STAGES,
-               SPLIT_PROGRAMS=(128, 256)),
+               FEW_SPLITS=(2, 5, 10)),
     ),
     "dA down": Target(
         _weights("intermediate", _mixture, 1),
         _tiles("weight_tiles", block_t=(32, 64, 128), block_k=(64, 128), block_n=(128,), num_warps=WARPS,
-               num_stages=(2, 4), SPLIT_PROGRAMS=(128, 256)),
+               num_stages=(2, 4), FEW_SPLITS=(2, 5, 10)),
     ),
     "dB gate": Target(
         _weights("intermediate", _mixture, 0, transposed=True),
         _tiles("weight_tiles", block_t=(32, 64, 128), block_k=(64, 128), block_n=(128,), num_warps=WARPS,
-               num_stages=(2, 4), SPLIT_PROGRAMS=(128, 256)),
+               num_stages=(2, 4), FEW_SPLITS=(2, 5, 10)),
     ),
     "dB down": Target(
         _weights("hidden", _mixture, 0, transposed=True),
         _tiles("weight_tiles", block_t=(64, 128), block_k=(64, 128), block_n=(128,), num_warps=WARPS,
-               num_stages=(2, 4), SPLIT_PROGRAMS=(128, 256)),
+               num_stages=(2, 4), FEW_SPLITS=(2, 5, 10)),
     ),
     "dA q/k/v": Target(
         _weights("hidden", lambda s: 3 * s.rank, 0),
         _tiles("weight_tiles", block_t=(64,), block_k=(64, 128), block_n=(128,), num_warps=WARPS, num_stages=(2, 4),
-               SPLIT_PROGRAMS=(128, 256)),
+               FEW_SPLITS=(2, 5, 10)),
     ),
     "dx gate/up": Target(
         _input_grad("hidden", lambda s: 2 * _mixture(s), 2),
@@ -288,7 +288,7 @@ TARGETS = {
     "grouped dA": Target(
         _grouped("dA", "hidden"),
         _tiles("expert_weight_tiles", block_t=(64, 128), block_k=(64, 128), block_n=(32,), num_warps=WARPS,
-               num_stages=(2, 4), SPLIT_PROGRAMS=(256, 512)),
+               num_stages=(2, 4), EXPERT_PROGRAMS=(256, 512)),
     ),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
@@ -43,11 +44,15 @@ class Operator:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether a call with x is only to be computed: not compiled, traced, counted or intercepted."""
+    """Whether a call with x is only to be computed: not compiled, traced, transformed, counted or intercepted."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 

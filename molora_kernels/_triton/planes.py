@@ -1,4 +1,5 @@
 """fp32 as three bf16 planes: what a router has to multiply bf16 tokens with on tensor cores, with every bit of it.
+(Of normal numbers: below 1e-33 the lower planes run out of range.)
 
 A product of two bf16 numbers is exact in fp32, and fp32's 24 bits are three times bf16's 8, so the products of the
 three planes add up to that of the fp32 matrix. Split once and laid side by side they are columns of one more product.
@@ -32,7 +33,7 @@ def planes_kernel(p_x, p_planes, n, BLOCK: tl.constexpr):
     b_high, b_middle, b_low = bf16_terms(tl.load(p_x + o_n, mask=m_n, other=0.0))
     tl.store(p_planes + o_n, b_high, mask=m_n)
     tl.store(p_planes + n + o_n, b_middle, mask=m_n)
-    tl.store(p_planes + 2 * n + o_n, b_low, mask=m_n)
+    tl.store(p_planes + n + n + o_n, b_low, mask=m_n)  # two steps: 2 n may be more than an int32 holds
 
 
 def planes(x: Tensor) -> Tensor:

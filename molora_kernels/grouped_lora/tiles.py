@@ -1,6 +1,7 @@
 """Tiles of the grouped LoRA kernels: pure functions of shape, dtype and compute capability.
 
-Those of sm_90 were chosen by time (``python -m bench tune``, docs/log.md), others by what compiles without a spill.
+Those of sm_90 in bf16 without dropout were chosen by time (``python -m bench tune``, docs/log.md), all others by what
+compiles without a spill.
 Cached, since they are asked at every launch.
 
 Shape letters: T tokens, K wide features (input of shrink, output of expand), P columns of the shrink (or R of one
@@ -17,7 +18,7 @@ import torch
 from molora_kernels._triton.tiles import PLANES, Capability, Tiles, next_power_of_2, shared_memory_kib
 
 MAX_P = 256
-"""Widest block of the shrink: its fp32 accumulator fills 64 registers a thread of two warp groups."""
+"""Widest block of the shrink: its fp32 accumulator fills 64 registers a thread of two warp groups, 128 of one."""
 MAX_Q = 16
 """Most logits of a token that ride along: each is four columns of the product."""
 MIN_DOT = 16
@@ -31,9 +32,10 @@ EXPERT_PROGRAMS = 512
 
 FP32_STAGES = {(8, 0): (3, 1), (8, 6): (2, 1), (8, 9): (2, 1), (9, 0): (3, 3), (10, 0): (3, 3)}
 """Stages of the grouped shrink in fp32, of the fewest columns and of more, that do not spill; two on other GPUs."""
-COMPILED = ((32, 0, 0), (96, 0, 0), (128, 1, 4), (256, 2, 4), (256, 1, 4), (64, 3, 8), (256, 2, 16), (1024, 0, 0))
+COMPILED = ((32, 0, 0), (96, 0, 0), (128, 1, 4), (256, 2, 4), (256, 1, 4), (256, 2, 8), (128, 1, 16), (64, 1, 16),
+            (64, 3, 8), (256, 2, 16), (1024, 0, 0))  # fmt: skip
 """(P, H, E) of the compile matrix: plain LoRA of o and of q/k/v; mixtures of down, of gate/up with a router each and
-shared; the fewest columns beside three routers; the widest that ride along; and a shrink of several blocks."""
+shared; the most logits that ride along, beside the most columns and fewer; more, which do not; several blocks."""
 
 
 def padded_experts(heads: int, experts: int) -> tuple[int, int]:
@@ -66,6 +68,8 @@ def shrink_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability, *, 
     warps = 8 if block_p > 64 else 4
     if capability == (9, 0):
         block_k = 64 if block_p == MAX_P else 128
+        if drops and Q > 32 and block_p > 64:  # spills beside dropout
+            block_k //= 2
         stages = min(_stages_90(block_k * (64 + block_p + Q), 0.9), 3 if block_p == MAX_P else 4)
         rows, warps = (128, 8) if drops and block_p == MAX_P else (64, 4)  # beside dropout, 64 rows spill
         return Tiles(rows, block_k, block_p, warps, stages)
@@ -90,7 +94,9 @@ def weight_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability) -> 
     block_k = 64 if block_p in (MIN_DOT, MAX_P) or Q else 128  # the narrowest spills beside 128 in Triton 3.6
     if dtype == torch.float16 and (Q > MIN_DOT or (Q and block_p == MAX_P)):
         block_k = 32
-    return _staged(32, block_k, block_p, 4 * Q, 8 if block_k * block_p > 64 * 128 else 4, capability)
+    staged = _staged(32, block_k, block_p, 4 * Q, 8 if block_k * block_p > 64 * 128 else 4, capability)
+    # A fourth stage of the most logits spills on sm_80.
+    return replace(staged, num_stages=min(staged.num_stages, 3)) if Q > 32 else staged
 
 
 @functools.cache

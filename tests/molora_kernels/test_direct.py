@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import molora_kernels as mk
@@ -62,6 +63,20 @@ def test_a_plain_call_has_one_node_of_its_own() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         forward(*(leaf.requires_grad_() for leaf in leaves))
     assert not any("mlp_block_fwd" in event.key for event in profile.key_averages())
+
+
+def test_a_trace_holds_the_operator() -> None:
+    leaves, forward = block(torch.Generator().manual_seed(0))
+    with mk.use_backend("torch"):
+        traced = torch.jit.trace(lambda x: forward(x, *leaves[1:]), (leaves[0],), check_trace=False)
+        assert "molora::mlp_block_fwd" in str(traced.graph)
+        assert torch.equal(traced(leaves[0]), forward(*leaves))
+
+
+def test_a_graph_made_before_dispatch_holds_the_operator() -> None:
+    leaves, forward = block(torch.Generator().manual_seed(0))
+    made = make_fx(lambda x: forward(x, *leaves[1:]), pre_dispatch=True)(leaves[0])
+    assert "mlp_block_fwd" in made.code and torch.equal(made(leaves[0]), forward(*leaves))
 
 
 def test_what_does_not_train_gets_no_gradient() -> None:
