@@ -14,6 +14,9 @@ from typing import Any
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "eulerforge", "mixlora", "moe-peft", "unsloth")
 
+WRITTEN = ("--json", "--markdown")
+"""Flags whose values are files that a command writes."""
+
 
 def provenance() -> dict[str, Any]:
     """Command, commit and versions; ``uncommitted_changes`` concerns tracked files that are no results.
@@ -37,10 +40,11 @@ def _argv() -> list[str]:
     """As it was called, but where the result was put for the moment is nobody's business: its name says which it is."""
     words = sys.orig_argv[1:]
     for i, word in enumerate(words):
-        if i and words[i - 1] == "--json":
+        flag, equals, path = word.partition("=")
+        if i and words[i - 1] in WRITTEN:
             words[i] = Path(word).name
-        elif word.startswith("--json="):
-            words[i] = f"--json={Path(word).name}"
+        elif equals and flag in WRITTEN:
+            words[i] = f"{flag}={Path(path).name}"
     return words
 
 

@@ -99,6 +99,13 @@ def test_without_git_the_commit_is_the_environments(monkeypatch: pytest.MonkeyPa
     assert provenance.commit_of(provenance.provenance()) == "commit `0123456`"
 
 
+def test_a_command_does_not_say_where_its_result_lay(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["python", "-m", "bench", "mlp", "--json", "/some/where/a.json", "--markdown=/else/b.md", "--tokens", "64"]
+    monkeypatch.setattr(sys, "orig_argv", words)
+    said = provenance.provenance()["command"]
+    assert said == "python -m bench mlp --json a.json --markdown=b.md --tokens 64"
+
+
 def test_kernels_are_measured_without_pydantic() -> None:
     """Only the training step needs molora's configuration."""
     script = "import sys; sys.modules['pydantic'] = None; import bench.mlp, bench.op, bench.sweep, bench.compile"
