@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -24,25 +23,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.problem import DTYPES
-from bench.provenance import provenance
+from bench import record
+from bench.problem import Shape
 
 TILES = "molora_kernels.grouped_lora.tiles"
 Candidate = dict[str, Any]
 """What is put in place of what: "module:name" to a value, which a function of that name then returns."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    tokens: int = 8192
-    hidden: int = 3072
-    intermediate: int = 8192
-    experts: int = 4
-    top_k: int = 2
-    rank: int = 32
-    dropout: float = 0.0
-    dtype: str = "bf16"
-    device: str = "cuda"
+DEFAULT = Shape(tokens=8192, hidden=3072, intermediate=8192, dtype="bf16", device="cuda")
 
 
 @dataclass(frozen=True)
@@ -59,7 +48,7 @@ class Target:
 def _normal(shape: Shape, *size: int, dtype: torch.dtype | None = None) -> Tensor:
     draw = torch.Generator(shape.device).manual_seed(sum(size))
     made = torch.randn(*size, generator=draw, device=shape.device)
-    return (made * size[-1] ** -0.5).to(dtype or DTYPES[shape.dtype])
+    return (made * size[-1] ** -0.5).to(dtype or shape.torch_dtype)
 
 
 def _drop(shape: Shape) -> tuple[Tensor | None, float, int]:
@@ -369,7 +358,7 @@ def _timed(name: str, shape: Shape, candidate: Candidate, expected: Tensor | Non
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for name, default in asdict(Shape()).items():
+    for name, default in asdict(DEFAULT).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     parser.add_argument("--only", nargs="+", choices=list(TARGETS))
     parser.add_argument("--seconds", type=float, default=90, help="most that compiling may take; what is late is left")
@@ -379,7 +368,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    shape = Shape(**{name: getattr(options, name) for name in asdict(Shape())})
+    shape = Shape(**{name: getattr(options, name) for name in asdict(DEFAULT)})
     names = options.only or list(TARGETS)
     work = [(name, candidate) for name in names for candidate in TARGETS[name].candidates()]
     refused = _compile_all(work, shape, options.jobs, options.seconds)
@@ -399,8 +388,7 @@ def run(options: argparse.Namespace) -> int:
         wrong += sum("wrong" in row for row in found)
         _show(name, now, found, options.best)
     if options.json:
-        what = {"op": "tune", "shape": asdict(shape), "provenance": provenance(), "rows": rows}
-        options.json.write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")
+        record.write(options.json, {"op": "tune", "shape": asdict(shape), "rows": rows})
     return 1 if wrong else 0
 
 

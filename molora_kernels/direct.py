@@ -38,7 +38,7 @@ class Operator:
         flat, lengths = _flatten(arguments)
         if not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat)):
             return self.body(*arguments)
-        given: list[list[int | None]] = []
+        given: list[list[int | None]] = []  # how the results were nested, which apply gives back flat
         results = _Node.apply(self, lengths, given, *flat)
         return tuple(_nest(results, given[0]))
 

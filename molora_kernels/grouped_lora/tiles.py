@@ -1,8 +1,7 @@
 """Tiles of the grouped LoRA kernels: pure functions of shape, dtype and compute capability.
 
 Those of sm_90 in bf16 without dropout were chosen by time (``python -m bench tune``, docs/log.md), all others by what
-compiles without a spill.
-Cached, since they are asked at every launch.
+compiles without a spill. Cached, since they are asked at every launch.
 
 Shape letters: T tokens, K wide features (input of shrink, output of expand), P columns of the shrink (or R of one
 projection), Q padded columns of the product that are the routers' and ride along; 0 without a router.
@@ -15,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from molora_kernels._triton.tiles import PLANES, Capability, Tiles, next_power_of_2, shared_memory_kib
+from molora_kernels._triton.tiles import PLANES, Capability, Tiles, cdiv, next_power_of_2, shared_memory_kib
 
 MAX_P = 256
 """Widest block of the shrink: its fp32 accumulator fills 64 registers a thread of two warp groups, 128 of one."""
@@ -114,15 +113,19 @@ def input_tiles(P: int, dtype: torch.dtype, capability: Capability, *, drops: bo
 
 def weight_splits(T: int, P: int, K: int, tiles: Tiles) -> int:
     """Into how many runs of rows a reduction over tokens is split; each has four steps or more."""
-    programs = max(1, -(-K // tiles.block_k) * -(-P // tiles.block_n))
+    programs = _programs(P, K, tiles)
     splits = max(min(SPLIT_PROGRAMS // programs, FEW_SPLITS), FEWEST_PROGRAMS // programs)
     return max(1, min(splits, T // (4 * tiles.block_t)))
 
 
 def expert_splits(T: int, P: int, K: int, tiles: Tiles) -> int:
     """The same where each expert has about T tokens, and all together P columns."""
-    programs = max(1, -(-K // tiles.block_k) * -(-P // tiles.block_n))
-    return max(1, min(EXPERT_PROGRAMS // programs, T // (4 * tiles.block_t)))
+    return max(1, min(EXPERT_PROGRAMS // _programs(P, K, tiles), T // (4 * tiles.block_t)))
+
+
+def _programs(P: int, K: int, tiles: Tiles) -> int:
+    """Of one run of rows."""
+    return max(1, cdiv(K, tiles.block_k) * cdiv(P, tiles.block_n))
 
 
 def set_rows(dtype: torch.dtype) -> int:
