@@ -59,7 +59,7 @@ def launching_on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def cdiv(a: int, b: int) -> int:
-    """As ``triton.cdiv``, which takes as long on the host as a tenth of a launch."""
+    """As ``triton.cdiv``, which unwraps and checks its arguments as constants of a kernel at every call."""
     return -(-a // b)
 
 
