@@ -217,29 +217,42 @@ def compile_case(case: Any, arch: str) -> Any:
     )
 
 
-def specialise(case: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[Any]]]:
-    """Signature, constants and attributes as triton's launcher derives them from the arguments of a call."""
+def specialise(case: Any) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], list[Any]]]:
+    """Signature, constants and attributes as triton's launcher derives them from the arguments of a call; the last two
+    by position, and by position within an argument that is a tuple."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[Any]] = {}
+    for position, name in enumerate(case.kernel.arg_names):
+        given = {**case.scalars, **case.pointers}.get(name)
+        if given is None:
+            signature[name], constants[(position,)] = "constexpr", case.constants[name]
+        elif isinstance(given, tuple):
+            parts = enumerate(given)
+            signature[name] = tuple(_type_of(one, (position, i), constants, attributes) for i, one in parts)
+        else:
+            signature[name] = _type_of(given, (position,), constants, attributes)
+    return signature, constants, attributes
+
+
+def _type_of(
+    given: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any], attributes: dict[tuple[int, ...], Any]
+) -> str:
+    """Of one pointer or number; where it is a constant, or known to be divisible, is written to the other two."""
     import torch
 
     types = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.bool: "i1"}
     types |= {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[Any]] = {}
-    for position, name in enumerate(case.kernel.arg_names):
-        if name in case.pointers:
-            signature[name] = "*" + types[case.pointers[name]]
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        elif isinstance(case.scalars.get(name), float):
-            signature[name] = "fp32"
-        elif name in case.scalars and case.scalars[name] != 1:
-            signature[name] = "i32" if abs(case.scalars[name]) < 1 << 31 else "i64"
-            if case.scalars[name] % 16 == 0:
-                attributes[(position,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "constexpr"
-            constants[name] = case.scalars[name] if name in case.scalars else case.constants[name]
-    return signature, constants, attributes
+    if isinstance(given, float):
+        return "fp32"
+    if isinstance(given, int) and given == 1:
+        constants[path] = 1
+        return "constexpr"
+    if isinstance(given, torch.dtype) or given % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(given, torch.dtype):
+        return "*" + types[given]
+    return "i32" if abs(given) < 1 << 31 else "i64"
 
 
 def _resources(asm: Mapping[str, Any]) -> tuple[int, int]:

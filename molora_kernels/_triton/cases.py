@@ -30,10 +30,10 @@ class Case:
     """The ``@triton.jit`` function."""
     label: str
     """What tells it apart from the kernel's other cases: "bf16 H=2 E=4"."""
-    pointers: Mapping[str, torch.dtype]
-    """Tensor arguments; taken to be 16-byte aligned, as PyTorch allocates them."""
-    scalars: Mapping[str, int]
-    """Run-time integers with the value of a typical launch: 1 becomes a constant, multiples of 16 are marked."""
+    pointers: Mapping[str, torch.dtype | tuple[torch.dtype, ...]]
+    """Tensor arguments, or tuples of them; taken to be 16-byte aligned, as PyTorch allocates them."""
+    scalars: Mapping[str, float | tuple[int, ...]]
+    """Run-time numbers with the value of a typical launch: 1 becomes a constant, multiples of 16 are marked."""
     constants: Mapping[str, Any]
     """constexpr arguments, and None for tensors that are absent."""
     tiles: Tiles

@@ -5,11 +5,12 @@ A product of two bf16 numbers is exact in fp32, and fp32's 24 bits are three tim
 three planes add up to that of the fp32 matrix. Split once and laid side by side they are columns of one more product.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false
-# (Triton types a launch as a plain call of the kernel: it knows neither num_warps nor that constexpr takes an int.)
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+# (Triton types a launch as a plain call of the kernel: it knows neither num_warps, nor that constexpr takes an int, nor
+# that arguments can be tuples.)
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -26,33 +27,57 @@ TILES = Tiles(block_t=0, block_k=1024)
 
 
 @triton.jit
-def planes_kernel(p_x, p_planes, n, BLOCK: tl.constexpr):
-    """planes (3, n) bf16, largest terms first, whose sum is x (n,) fp32."""
-    o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _planes_of_one(p_x, p_planes, o_n, n, stride):
     m_n = o_n < n
-    b_high, b_middle, b_low = bf16_terms(tl.load(p_x + o_n, mask=m_n, other=0.0))
+    b_high, b_middle, b_low = bf16_terms(tl.load(p_x + o_n, mask=m_n, other=0.0).to(tl.float32))
     tl.store(p_planes + o_n, b_high, mask=m_n)
-    tl.store(p_planes + n + o_n, b_middle, mask=m_n)
-    tl.store(p_planes + n + n + o_n, b_low, mask=m_n)  # two steps: 2 n may be more than an int32 holds
+    tl.store(p_planes + stride + o_n, b_middle, mask=m_n)
+    tl.store(p_planes + stride + stride + o_n, b_low, mask=m_n)  # two steps: twice may be more than an int32 holds
 
 
-def planes(x: Tensor) -> Tensor:
-    """(3, *x.shape) bf16 of contiguous fp32 x."""
-    made, n = x.new_empty(3, *x.shape, dtype=torch.bfloat16), x.numel()
-    if n:
-        with launching_on(x.device):
-            planes_kernel[(cdiv(n, TILES.block_k),)](
-                x.contiguous(), made, n, BLOCK=TILES.block_k, num_warps=TILES.num_warps
-            )
+@triton.jit
+def planes_kernel(p_xs, p_planes, offsets, sizes, strides, BLOCK: tl.constexpr):
+    """Of each i: planes_i bf16, a stride_i apart, largest terms first, whose sum is x_i (n_i,) fp32 from offset_i on.
+    A program finds which i it works for: their blocks follow one another."""
+    i_b = tl.program_id(0)
+    for i in tl.static_range(len(p_xs)):
+        blocks = tl.cdiv(sizes[i], BLOCK)
+        if (i_b >= 0) & (i_b < blocks):
+            o_n = i_b.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            _planes_of_one(p_xs[i], p_planes[i] + offsets[i], o_n, sizes[i], strides[i])
+        i_b -= blocks
+
+
+def planes(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Of each group of fp32 tensors (M_i, N), below one another: (3, sum of M_i, N) bf16. All by one launch."""
+    made = [
+        group[0].new_empty(3, sum(map(len, group)), *group[0].shape[1:], dtype=torch.bfloat16) for group in groups
+    ]
+    sources, targets, offsets = [], [], []
+    for target, group in zip(made, groups, strict=True):
+        offset = 0
+        for one in group:
+            sources.append(one.contiguous())
+            targets.append(target)
+            offsets.append(offset)
+            offset += one.numel()
+    sizes = [one.numel() for one in sources]
+    if blocks := sum(cdiv(n, TILES.block_k) for n in sizes):
+        with launching_on(made[0].device):
+            planes_kernel[(blocks,)](
+                tuple(sources), tuple(targets), tuple(offsets), tuple(sizes), tuple(t.stride(0) for t in targets),
+                BLOCK=TILES.block_k, num_warps=TILES.num_warps,
+            )  # fmt: skip
     return made
 
 
 def compile_cases(_: Capability) -> Iterator[Case]:
+    size = 4 * 3072
     yield Case(
         kernel=planes_kernel,
         label="fp32",
-        pointers=dict(p_x=torch.float32, p_planes=torch.bfloat16),
-        scalars=dict(n=8192 * 8),
+        pointers=dict(p_xs=(torch.float32,) * 3, p_planes=(torch.bfloat16,) * 3),
+        scalars=dict(offsets=(0, size, 0), sizes=(size,) * 3, strides=(2 * size, 2 * size, size)),
         constants=dict(BLOCK=TILES.block_k),
         tiles=TILES,
         tensor_cores=False,

@@ -21,46 +21,49 @@ from molora_kernels import dropout
 from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.dot import dot, dot_by_fp32, dot_fp32_by_fp32, dot_in_steps, dot_of_many
 from molora_kernels._triton.dropout import kept, row_keys
-from molora_kernels._triton.planes import PLANES, planes
+from molora_kernels._triton.pick import pick, pick_block
+from molora_kernels._triton.planes import PLANES
 from molora_kernels._triton.tiles import Capability, capability_of, cdiv, launching_on
-from molora_kernels._triton.total import total
+from molora_kernels._triton.total import joined, totals
 from molora_kernels.grouped_lora import gating, portable, tiles
-from molora_kernels.grouped_lora.forward import cast_together, rows_contiguous
+from molora_kernels.grouped_lora.forward import rows_contiguous
 
 
 @triton.jit
 def weight_bwd_kernel(
     p_left,
     p_dlogits,
-    p_x,
+    p_xs,
     p_seed,
     p_partials,
     p_router_partials,
     T,
     P,
     Q,
-    K,
+    Ks,
     stride_lt,
-    stride_xt,
-    stride_op,
-    stride_ok,
+    strides_xt,
+    scale,
     stream,
     threshold,
-    keep_scale,
+    TRANSPOSED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """partials (SPLITS, P, K) = left (T, P)^T @ dropout(x) (T, K) and router_partials (SPLITS, Q, K) =
-    dlogits (T, Q)^T @ x, each split over its own run of rows, in one pass over x. dlogits are fp32, or three bf16
-    planes (3, T, Q) of it.
+    """Of each product g: partials_g (SPLITS, P, K_g), or TRANSPOSED (SPLITS, K_g, P), = scale * left_g (T, P)^T @
+    dropout(x_g) (T, K_g), where left_g are the g-th P columns of left; and, of one product, router_partials
+    (SPLITS, Q, K) = dlogits (T, Q)^T @ x: each split over its own run of rows, in one pass over x. dlogits are fp32, or
+    three bf16 planes (3, T, Q) of it.
 
     Programs of the same columns of x are neighbours: they share x in the L2. With a router there is one block of P.
     Features are the rows of the product, whose fewest a wgmma takes is 64: P can be less.
     """
-    i_p, i_k, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_p, i_s = tl.program_id(0), tl.program_id(2)
+    i_g, i_k = pick_block(Ks, tl.program_id(1), BLOCK_K)
+    p_x, K, stride_xt = pick(p_xs, i_g), pick(Ks, i_g), pick(strides_xt, i_g)
     o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
     o_q, o_plane = tl.arange(0, BLOCK_Q), tl.full([BLOCK_Q], 0, tl.int64)
     if p_dlogits is not None:  # noqa: SIM102 # triton evaluates both sides of "and", and None has no dtype
@@ -85,7 +88,7 @@ def weight_bwd_kernel(
             else:
                 b_router = dot_by_fp32(tl.trans(b_x), b_dlogits, b_router)
         if p_left is not None:
-            p_rows = p_left + o_row[:, None] * stride_lt + o_p[None, :]
+            p_rows = p_left + i_g * P + o_row[:, None] * stride_lt + o_p[None, :]
             b_left = tl.load(p_rows, mask=m_t[:, None] & m_p[None, :], other=0.0)
             if p_seed is not None:
                 b_x = tl.where(kept(row_keys(p_seed, o_t, stream), i_k * BLOCK_K, threshold, BLOCK_K), b_x, 0.0)
@@ -93,10 +96,12 @@ def weight_bwd_kernel(
 
     o_split = i_s.to(tl.int64)
     if p_left is not None:
-        if p_seed is not None:
-            b_w *= keep_scale
-        o_out = o_split * P * K + o_p.to(tl.int64)[None, :] * stride_op + o_k.to(tl.int64)[:, None] * stride_ok
-        tl.store(p_partials + o_out, b_w, mask=m_k[:, None] & m_p[None, :])
+        o_out = o_split * P * K
+        if TRANSPOSED:
+            o_out += o_p[None, :] + o_k.to(tl.int64)[:, None] * P
+        else:
+            o_out += o_p.to(tl.int64)[None, :] * K + o_k[:, None]
+        tl.store(pick(p_partials, i_g) + o_out, b_w * scale, mask=m_k[:, None] & m_p[None, :])
     if p_dlogits is not None:
         if p_dlogits.dtype.element_ty == tl.bfloat16:
             o_q = tl.arange(0, BLOCK_Q // PLANES)
@@ -193,15 +198,18 @@ def backward(
     dx, da = x_TK.new_empty(0), x_TK.new_empty(0)  # two: an operator's outputs may not share memory
     db: list[Tensor] = []
 
-    a_PK, *cast_b = cast_together([lora_a_RK, *([b] for b in lora_b_NR)], x_TK.dtype)
-    dgated = unexpand(dys_TN, cast_b, s_TP)
-    ds, gated, dgates = gating.gate_backward(
-        dgated, s_TP, gates_THE, len(dys_TN), scaling,
-        need_ds=need_dx or need_dlora, need_gated=need_dlora, need_dgates=need_dgates and gates_THE is not None,
-    )  # fmt: skip
+    a_PK, *cast_b = joined([lora_a_RK, *([b] for b in lora_b_NR)], x_TK.dtype)
+    if gates_THE is None:
+        ds, gated, dgates = unexpand(dys_TN, cast_b, s_TP, scaling), s_TP, x_TK.new_empty(0)
+    else:
+        ds, gated, dgates = gating.gate_backward(
+            unexpand(dys_TN, cast_b, s_TP), s_TP, gates_THE, len(dys_TN), scaling,
+            need_ds=need_dx or need_dlora, need_gated=need_dlora, need_dgates=need_dgates,
+        )  # fmt: skip
     if need_dlora:
-        db = expand_grads(dys_TN, gated, lora_b_NR)
-        da = total(weight_partials(x_TK, ds, None, *drop)[0], lora_a_RK[0].dtype)
+        terms = [weight_terms(x_TK, ds, None, *drop)[0]]
+        terms += expand_terms(dys_TN, gated, scaling if gates_THE is None else 1.0)
+        da, *db = totals([[one] for one in terms], [lora_a_RK[0].dtype, *(b.dtype for b in lora_b_NR)])
     if need_dx:
         dx = input_grad(ds, a_PK, None, None, *drop)
         for dy, weight in zip(dys_TN, weights_NK, strict=bool(weights_NK)):
@@ -209,64 +217,70 @@ def backward(
     return dx, da, db, dgates
 
 
-def unexpand(dys_TN: list[Tensor], lora_b_NR: list[Tensor], s_TP: Tensor) -> Tensor:
-    """The gradient of the gated shrink, (T, P): dy_g @ B_g side by side, all in dy's dtype."""
+def unexpand(dys_TN: list[Tensor], lora_b_NR: list[Tensor], s_TP: Tensor, scaling: float = 1.0) -> Tensor:
+    """scaling * dy_g @ B_g side by side, (T, P): the gradient of the gated shrink, all in dy's dtype."""
     dgated = torch.empty_like(s_TP)
     for dy, b, part in zip(dys_TN, lora_b_NR, dgated.chunk(len(dys_TN), 1), strict=True):
-        torch.mm(dy, b, out=part)
+        part.addmm_(dy, b, beta=0, alpha=scaling)
     return dgated
 
 
-def expand_grads(dys_TN: list[Tensor], gated_TP: Tensor, lora_b_NR: list[Tensor]) -> list[Tensor]:
-    """db_g = dy_g^T @ gated_g, in B's dtype."""
-    parts = gated_TP.chunk(len(dys_TN), 1)
-    return [
-        total(weight_partials(dy, part, None, transposed=True)[0], b.dtype)
-        for dy, part, b in zip(dys_TN, parts, lora_b_NR, strict=True)
-    ]
+def expand_terms(dys_TN: list[Tensor], gated_TP: Tensor, scaling: float = 1.0) -> list[Tensor]:
+    """The terms (splits, N, R) of scaling * dy_g^T @ gated_g, of all projections by one launch."""
+    return _weight_terms(dys_TN, gated_TP, None, (None, 0.0, 0), scaling, transposed=True)[0]
 
 
-def weight_partials(
+def weight_terms(
     x_TK: Tensor,
     left_TP: Tensor | None,
     dlogits_TQ: Tensor | None,
     dropout_seed: Tensor | None = None,
     dropout_p: float = 0.0,
     stream: int = 0,
-    *,
-    transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The terms, over fixed runs of rows, of left^T @ dropout(x), (splits, P, K) or ``transposed`` (splits, K, P), and
-    of dlogits^T @ x, (splits, Q, K); fp32, empty where not given.
+    """The terms, over fixed runs of rows, of left^T @ dropout(x), (splits, P, K), and of dlogits^T @ x, (splits, Q, K);
+    fp32, empty where not given. dlogits are fp32, or the planes of it where ``tiles.as_planes``.
 
     Their sum is bitwise the same on every run. Who wants the gradients of several projections apart adds their terms up
     apart, and copies nothing.
     """
     if left_TP is None and dlogits_TQ is None:
         return x_TK.new_empty(1, 0), x_TK.new_empty(1, 0)
-    T, K = x_TK.shape
-    P, Q = (0 if t is None else t.shape[1] for t in (left_TP, dlogits_TQ))
-    if left_TP is not None and dlogits_TQ is not None and not tiles.rides_along(P, Q, x_TK.dtype):
-        partials, _ = weight_partials(x_TK, left_TP, None, dropout_seed, dropout_p, stream, transposed=transposed)
-        return partials, weight_partials(x_TK, None, dlogits_TQ)[1]
-    if dlogits_TQ is not None and tiles.rides_along(P, Q, x_TK.dtype):
-        dlogits_TQ = planes(dlogits_TQ)
-    q_padded = tiles.padded_logits(P, Q, x_TK.dtype)
-    tile = tiles.weight_tiles(P, q_padded if Q else 0, x_TK.dtype, capability_of(x_TK.device))
-    splits = tiles.weight_splits(T, P, K, tile)
-    shape, strides = ((splits, K, P), (1, P)) if transposed else ((splits, P, K), (K, 1))
-    partials = x_TK.new_empty(shape, dtype=torch.float32)
-    router_partials = x_TK.new_empty(splits, Q, K, dtype=torch.float32)
-    with launching_on(x_TK.device):
-        weight_bwd_kernel[(cdiv(max(P, 1), tile.block_n), cdiv(K, tile.block_k), splits)](
-            left_TP, dlogits_TQ, x_TK, dropout_seed if dropout_p else None, partials, router_partials,
-            T, P, Q, K, 0 if left_TP is None else left_TP.stride(0), x_TK.stride(0), *strides,
-            stream, dropout.threshold(dropout_p), dropout.survivor_scale(dropout_p),
-            SPLITS=splits,
+    drop = (dropout_seed, dropout_p, stream)
+    if left_TP is None or dlogits_TQ is None or tiles.rides_along(left_TP.shape[1], dlogits_TQ.shape[-1], x_TK.dtype):
+        terms, router_terms = _weight_terms([x_TK], left_TP, dlogits_TQ, drop)
+        return terms[0], router_terms
+    return _weight_terms([x_TK], left_TP, None, drop)[0][0], _weight_terms([x_TK], None, dlogits_TQ, drop)[1]
+
+
+def _weight_terms(
+    xs: list[Tensor],
+    left_TP: Tensor | None,
+    dlogits_TQ: Tensor | None,
+    drop: tuple[Tensor | None, float, int],
+    scaling: float = 1.0,
+    *,
+    transposed: bool = False,
+) -> tuple[list[Tensor], Tensor]:
+    """As :func:`weight_terms`, of several x (T, K_g), each with its own columns of ``left``."""
+    (seed, p, stream), x = drop, xs[0]
+    T, Ks = x.shape[0], tuple(each.shape[1] for each in xs)
+    P, Q = 0 if left_TP is None else left_TP.shape[1] // len(xs), 0 if dlogits_TQ is None else dlogits_TQ.shape[-1]
+    q_padded = tiles.padded_logits(Q, x.dtype)
+    tile = tiles.weight_tiles(P, q_padded if Q else 0, x.dtype, capability_of(x.device))
+    splits = tiles.weight_splits(T, P, sum(Ks), tile)
+    terms = [x.new_empty((splits, K, P) if transposed else (splits, P, K), dtype=torch.float32) for K in Ks]
+    router_terms = x.new_empty(splits, Q, Ks[0], dtype=torch.float32)
+    with launching_on(x.device):
+        weight_bwd_kernel[(cdiv(max(P, 1), tile.block_n), sum(cdiv(K, tile.block_k) for K in Ks), splits)](
+            left_TP, dlogits_TQ, tuple(xs), seed if p else None, tuple(terms), router_terms,
+            T, P, Q, Ks, 0 if left_TP is None else left_TP.stride(0), tuple(each.stride(0) for each in xs),
+            scaling * dropout.survivor_scale(p), stream, dropout.threshold(p),
+            TRANSPOSED=transposed, SPLITS=splits,
             BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_Q=q_padded, BLOCK_K=tile.block_k,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    return partials, router_partials
+    return terms, router_terms
 
 
 def input_grad(
@@ -278,14 +292,11 @@ def input_grad(
     dropout_p: float,
     stream: int,
 ) -> Tensor:
-    """dropout(ds @ a) + dlogits @ router, (T, K) in ds's dtype: what base projections then add to."""
+    """dropout(ds @ a) + dlogits @ router, (T, K) in ds's dtype: what base projections then add to. dlogits and router are
+    fp32, or both planes of it where ``tiles.as_planes``."""
     (T, P), K = ds_TP.shape, a_PK.shape[1]
-    Q, q_padded = 0, tiles.MIN_DOT
-    if dlogits_TQ is not None and router_QK is not None:
-        Q = dlogits_TQ.shape[1]
-        if tiles.rides_along(P, Q, ds_TP.dtype):
-            dlogits_TQ, router_QK = planes(dlogits_TQ), planes(router_QK)
-            q_padded = tiles.padded_logits(P, Q, ds_TP.dtype)
+    Q = 0 if dlogits_TQ is None else dlogits_TQ.shape[-1]
+    q_padded = tiles.padded_logits(Q, ds_TP.dtype) if tiles.as_planes(Q, ds_TP.dtype) else tiles.MIN_DOT
     tile = tiles.input_tiles(P, ds_TP.dtype, capability_of(ds_TP.device), drops=dropout_p > 0)
     dx = ds_TP.new_empty(T, K)
     if not dx.numel():
@@ -306,8 +317,8 @@ def compile_cases(capability: Capability) -> Iterator[Case]:
         pointers: dict[str, torch.dtype] = {"p_seed": torch.int64} if has_dropout else {}
         absent: dict[str, Any] = {} if has_dropout else {"p_seed": None}
         scalars = dict(T=8192, P=P, Q=H * E, K=3072, stream=0, threshold=5243, keep_scale=1.087)
-        ridden = tiles.rides_along(P, H * E, dtype)
-        router_dtype = torch.bfloat16 if ridden else torch.float32
+        as_planes = tiles.as_planes(H * E, dtype)
+        router_dtype = torch.bfloat16 if as_planes else torch.float32
         dlogits: dict[str, torch.dtype] = {"p_dlogits": router_dtype} if H else {}
 
         yield from _weight_cases(P, H * E, dtype, capability, label, pointers, absent, scalars)
@@ -320,7 +331,7 @@ def compile_cases(capability: Capability) -> Iterator[Case]:
             scalars=scalars,
             constants=absent | ({} if H else {"p_dlogits": None, "p_router": None})
             | dict(BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_K=tile.block_k)
-            | dict(BLOCK_Q=tiles.padded_logits(P, H * E, dtype) if H and ridden else tiles.MIN_DOT),
+            | dict(BLOCK_Q=tiles.padded_logits(H * E, dtype) if H and as_planes else tiles.MIN_DOT),
             tiles=tile,
             tensor_cores=dtype != torch.float32,
         )  # fmt: skip
@@ -339,23 +350,24 @@ def _weight_cases(
     """dA with the router's weights riding along where they do, else one after the other; dB, which is (N, R); and the
     router's alone, as in its warm-up."""
     together = bool(Q) and tiles.rides_along(P, Q, dtype)
-    variants = [("dA and dW_r", P, Q, False)] if together else [("dA", P, 0, False)]
-    variants += [("dB", P, 0, True)] if "p_seed" in absent else []
-    variants += [("dW_r", 0, Q, False)] if Q else []
-    for what, p, q, transposed in variants:
-        q_padded = tiles.padded_logits(p, q, dtype)
+    variants = [("dA and dW_r", P, Q, 1)] if together else [("dA", P, 0, 1)]
+    variants += [(f"dB of {products}", P, 0, products) for products in (1, 2, 3) if "p_seed" in absent]
+    variants += [("dW_r", 0, Q, 1)] if Q else []
+    for what, p, q, products in variants:
+        q_padded = tiles.padded_logits(q, dtype)
         tile = tiles.weight_tiles(p, q_padded if q else 0, dtype, capability)
-        dlogits = torch.bfloat16 if q and tiles.rides_along(p, q, dtype) else torch.float32
+        dlogits = torch.bfloat16 if tiles.as_planes(q, dtype) else torch.float32
         yield Case(
             kernel=weight_bwd_kernel,
             label=f"{label} {what}",
-            pointers=pointers | {"p_x": dtype, "p_partials": torch.float32, "p_router_partials": torch.float32}
+            pointers=pointers | {"p_xs": (dtype,) * products, "p_partials": (torch.float32,) * products}
+            | {"p_router_partials": torch.float32}
             | ({"p_left": dtype} if p else {}) | ({"p_dlogits": dlogits} if q else {}),
-            scalars=scalars | dict(P=p, Q=q, stride_lt=p, stride_xt=3072)
-            | (dict(stride_op=1, stride_ok=p) if transposed else dict(stride_op=3072, stride_ok=1)),
+            scalars=scalars | dict(P=p, Q=q, Ks=(3072,) * products, stride_lt=p * products, scale=2.0)
+            | dict(strides_xt=(3072,) * products),
             constants=absent | ({} if p else {"p_left": None}) | ({} if q else {"p_dlogits": None})
-            | dict(SPLITS=tiles.weight_splits(8192, p, 3072, tile), BLOCK_T=tile.block_t, BLOCK_P=tile.block_n,
-                   BLOCK_Q=q_padded, BLOCK_K=tile.block_k),
+            | dict(TRANSPOSED="dB" in what, SPLITS=tiles.weight_splits(8192, p, 3072 * products, tile))
+            | dict(BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_Q=q_padded, BLOCK_K=tile.block_k),
             tiles=tile,
             tensor_cores=dtype != torch.float32,
         )  # fmt: skip

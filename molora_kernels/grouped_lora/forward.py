@@ -9,7 +9,7 @@ r rank of one expert, R = E * r, P = G * R columns of the shrink, H gate sets (G
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,10 +21,12 @@ from molora_kernels import dropout
 from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.dot import dot_in_steps, dot_of_many
 from molora_kernels._triton.dropout import kept, row_keys
-from molora_kernels._triton.planes import PLANES, planes
+from molora_kernels._triton.planes import PLANES
 from molora_kernels._triton.routing import choose, gates_of, softmax, sums_of
 from molora_kernels._triton.tiles import Capability, capability_of, cdiv, launching_on
+from molora_kernels._triton.total import joined
 from molora_kernels.grouped_lora import gating, portable, tiles
+from molora_kernels.router.forward import add_up
 
 
 @triton.jit
@@ -145,21 +147,21 @@ def forward(
             x_TK, weights_NK, biases_N, lora_a_RK, lora_b_NR, gates_THE, dropout_seed, scaling, dropout_p, stream
         )
     x_TK = rows_contiguous(x_TK)
-    a_PK, *lora_b_NR = cast_together([lora_a_RK, *([b] for b in lora_b_NR)], x_TK.dtype)
+    a_PK, *lora_b_NR = joined([lora_a_RK, *([b] for b in lora_b_NR)], x_TK.dtype)
     s = shrink(x_TK, a_PK, dropout_seed, dropout_p, stream)
-    return expand(x_TK, weights_NK, biases_N, lora_b_NR, gating.gate(s, gates_THE, len(lora_b_NR), scaling)), s
+    return expand(x_TK, weights_NK, biases_N, lora_b_NR, s, gates_THE, scaling), s
 
 
 def shrink(x_TK: Tensor, a_PK: Tensor, dropout_seed: Tensor | None, dropout_p: float, stream: int) -> Tensor:
     """dropout(x) @ a^T, (T, P) in x's dtype."""
-    return _shrink(x_TK, a_PK, dropout_seed, dropout_p, stream, None)[0]
+    return _shrink(x_TK, a_PK, dropout_seed, dropout_p, stream)[0]
 
 
 class Routers(NamedTuple):
     """H routers that read the same input; shapes as in :func:`molora_kernels.router`."""
 
     weight: Tensor
-    """(H, E, K) fp32"""
+    """(H, E, K) fp32, or where it rides along the bf16 planes of it, (3, H * E, K)"""
     bias: Tensor | None
     selection_bias: Tensor | None
     mask: Tensor | None
@@ -171,26 +173,37 @@ class Routed(NamedTuple):
     """(T, H, E) fp32"""
     logits: Tensor
     """(T, H, E) fp32"""
-    sums: Tensor
-    """(H, 1 + E) fp32"""
-    counts: Tensor
-    """(H, E) fp32"""
 
 
 def route_and_shrink(
-    x_TK: Tensor, a_PK: Tensor, routers: Routers, dropout_seed: Tensor | None, dropout_p: float, stream: int
+    x_TK: Tensor,
+    a_PK: Tensor,
+    routers: Routers,
+    dropout_seed: Tensor | None,
+    dropout_p: float,
+    stream: int,
+    out: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Routed]:
-    """The shrink and what the routers say of x itself, in one pass over x; only where ``tiles.rides_along``."""
-    s, routed = _shrink(x_TK, a_PK, dropout_seed, dropout_p, stream, routers)
-    assert routed is not None
-    return s, routed
+    """The shrink and what the routers say of x itself, in one pass over x; only where ``tiles.rides_along``. Their sums
+    (H, 1 + E) and counts (H, E) in ``out``."""
+    s, gates, logits, partials = _shrink(x_TK, a_PK, dropout_seed, dropout_p, stream, routers, *out[1].shape)
+    assert gates is not None and logits is not None and partials is not None
+    add_up(partials, out)
+    return s, Routed(gates, logits)
 
 
 def _shrink(
-    x_TK: Tensor, a_PK: Tensor, dropout_seed: Tensor | None, dropout_p: float, stream: int, routers: Routers | None
-) -> tuple[Tensor, Routed | None]:
+    x_TK: Tensor,
+    a_PK: Tensor,
+    dropout_seed: Tensor | None,
+    dropout_p: float,
+    stream: int,
+    routers: Routers | None = None,
+    H: int = 0,
+    E: int = 1,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The shrink, and of H routers gates, logits and each block of rows' share of their sums."""
     (T, K), P = x_TK.shape, a_PK.shape[0]
-    H, E = (0, 1) if routers is None else routers.weight.shape[:2]
     heads, experts = tiles.padded_experts(H, E)
     Q = heads * experts if routers else 0
     tile = tiles.shrink_tiles(P, tiles.PLANES * Q, x_TK.dtype, capability_of(x_TK.device), drops=dropout_p > 0)
@@ -202,7 +215,7 @@ def _shrink(
         assert tiles.rides_along(P, Q, x_TK.dtype)
         gates, logits = (x_TK.new_empty(T, H, E, dtype=torch.float32) for _ in range(2))
         partials = x_TK.new_empty(blocks_t, H, 1 + 2 * E, dtype=torch.float32)
-        given = (planes(routers.weight), *routers[1:4])
+        given = routers[:4]
     if T and P:
         with launching_on(x_TK.device):
             shrink_fwd_kernel[(blocks_p * blocks_t,)](
@@ -212,38 +225,33 @@ def _shrink(
                 BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_K=tile.block_k,
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
-    if gates is None or logits is None or partials is None:
-        return s, None
-    totals = partials.sum(0)
-    return s, Routed(gates, logits, totals[:, : 1 + E], totals[:, 1 + E :])
+    return s, gates, logits, partials
 
 
 def expand(
-    x_TK: Tensor, weights_NK: list[Tensor], biases_N: list[Tensor], lora_b_NR: list[Tensor], gated_TP: Tensor
+    x_TK: Tensor,
+    weights_NK: list[Tensor],
+    biases_N: list[Tensor],
+    lora_b_NR: list[Tensor],
+    s_TP: Tensor,
+    gates_THE: Tensor | None,
+    scaling: float,
 ) -> list[Tensor]:
-    """y_g = x W_g^T + b_g + gated_g B_g^T, all in x's dtype.
+    """y_g = x W_g^T + b_g + scaling * (gates * s)_g B_g^T, all in x's dtype.
 
     The adapter's product comes first and the base projection adds to it: a matmul that reads its output tile once, in
     its epilogue, hides that read, and the small addend is the one that is rounded.
     """
+    if gates_THE is not None:  # which have the scaling in them
+        s_TP, scaling = gating.gate(s_TP, gates_THE, len(lora_b_NR), scaling), 1.0
     outputs = []
-    for g, (b, gated) in enumerate(zip(lora_b_NR, gated_TP.chunk(len(lora_b_NR), 1), strict=True)):
-        y = torch.addmm(biases_N[g], gated, b.T) if biases_N else torch.mm(gated, b.T)
+    for g, (b, part) in enumerate(zip(lora_b_NR, s_TP.chunk(len(lora_b_NR), 1), strict=True)):
+        if biases_N:
+            y = torch.addmm(biases_N[g], part, b.T, alpha=scaling)
+        else:
+            y = part.new_empty(len(part), len(b)).addmm_(part, b.T, beta=0, alpha=scaling)
         outputs.append(y.addmm_(x_TK, weights_NK[g].T) if weights_NK else y)
     return outputs
-
-
-def cast_together(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors of each group below one another, contiguous, in ``dtype``: cast by one launch, if they are.
-
-    Adapters are a few MB at most, and cast in forward and again in backward: a launch for each is most of the cost.
-    """
-    if all(t.dtype == dtype for group in groups for t in group):
-        return [group[0].contiguous() if len(group) == 1 else torch.cat(tuple(group)) for group in groups]
-    made = [group[0].new_empty(sum(map(len, group)), *group[0].shape[1:], dtype=dtype) for group in groups]
-    parts = [part for t, group in zip(made, groups, strict=True) for part in t.split([len(one) for one in group])]
-    torch._foreach_copy_(parts, [one for group in groups for one in group])
-    return made
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

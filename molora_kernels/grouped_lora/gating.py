@@ -18,8 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from molora_kernels._triton.cases import DTYPES, Case, short
+from molora_kernels._triton.dot import bf16_terms
 from molora_kernels._triton.routing import dlogits_of_gates, dlogits_of_sums, softmax
 from molora_kernels._triton.tiles import Capability, Tiles, cdiv, launching_on, next_power_of_2
+from molora_kernels.grouped_lora import tiles
 
 GATE_ROWS, GATE_COLUMNS, BACKWARD_ROWS = 16, 64, 32
 """One program's share of these kernels, which are bound by memory and by launching; the first two measured on sm_90."""
@@ -47,13 +49,12 @@ def gate_fwd_kernel(
     o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
     m = (o_t < T)[:, None] & (o_p < P)[None, :]
     o_s = o_t.to(tl.int64)[:, None] * P + o_p[None, :]
-    b_s = tl.load(p_s + o_s, mask=m, other=0.0).to(tl.float32) * scaling
-    if p_gates is not None:
-        o_h = tl.minimum(o_p // R, H - 1)
-        o_e = (o_p % R) // (R // E)
-        o_g = o_t.to(tl.int64)[:, None] * (H * E) + (o_h * E + o_e)[None, :]
-        b_s *= tl.load(p_gates + o_g, mask=m, other=0.0)
-    tl.store(p_gated + o_s, b_s.to(p_gated.dtype.element_ty), mask=m)
+    o_h = tl.minimum(o_p // R, H - 1)
+    o_e = (o_p % R) // (R // E)
+    o_g = o_t.to(tl.int64)[:, None] * (H * E) + (o_h * E + o_e)[None, :]
+    b_c = scaling * tl.load(p_gates + o_g, mask=m, other=0.0)
+    b_s = tl.load(p_s + o_s, mask=m, other=0.0).to(tl.float32)
+    tl.store(p_gated + o_s, (b_c * b_s).to(p_gated.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -84,7 +85,8 @@ def gate_bwd_kernel(
     """With c = scaling * gate: ds = c * dgated, gated = c * s, dgate_e = scaling * <dgated_e, s_e>.
 
     One program: BLOCK_T tokens and one gate set. Out (T, H, E) goes dgates, or with a router the logits' gradient: from
-    dgates, from ``more`` of them that another projection contributes, and from the routers' sums.
+    dgates, from ``more`` of them that another projection contributes, and from the routers' sums; in fp32, or as three
+    bf16 planes (3, T, H, E).
     """
     i_t, i_h = tl.program_id(0), tl.program_id(1)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -96,9 +98,7 @@ def gate_bwd_kernel(
     b_dgates = tl.zeros([BLOCK_T, E_PAD], dtype=tl.float32)
     for i in range(groups_per_head * E):
         i_g, i_e = i_h * groups_per_head + i // E, i % E
-        b_c = tl.full([BLOCK_T], 1.0, dtype=tl.float32) * scaling
-        if p_gates is not None:
-            b_c *= tl.load(p_gates + o_row * (H * E) + (i_h * E + i_e), mask=m_t, other=0.0)
+        b_c = scaling * tl.load(p_gates + o_row * (H * E) + (i_h * E + i_e), mask=m_t, other=0.0)
         b_dgate = tl.zeros([BLOCK_T], dtype=tl.float32)
         for i_r in range(tl.cdiv(r, BLOCK_R)):
             m = m_t[:, None] & (i_r * BLOCK_R + o_r < r)[None, :]
@@ -130,18 +130,24 @@ def gate_bwd_kernel(
                 if p_mask is not None:
                     m_t = m_t & (tl.load(p_mask + o_t, mask=m_t, other=0) != 0)
                 b_out += dlogits_of_sums(b_probs, b_lse, tl.load(p_head), b_dprobs, m_t)
-        tl.store(p_out + o_out, b_out, mask=m_out)
+        if p_out.dtype.element_ty == tl.bfloat16:
+            plane = T.to(tl.int64) * (H * E)
+            b_high, b_middle, b_low = bf16_terms(b_out)
+            tl.store(p_out + o_out, b_high, mask=m_out)
+            tl.store(p_out + plane + o_out, b_middle, mask=m_out)
+            tl.store(p_out + 2 * plane + o_out, b_low, mask=m_out)
+        else:
+            tl.store(p_out + o_out, b_out, mask=m_out)
 
 
-def gate(s_TP: Tensor, gates_THE: Tensor | None, groups: int, scaling: float) -> Tensor:
+def gate(s_TP: Tensor, gates_THE: Tensor, groups: int, scaling: float) -> Tensor:
     """scaling * gate * s, (T, P) in s's dtype."""
-    (T, P), (H, E) = s_TP.shape, (1, 1) if gates_THE is None else gates_THE.shape[1:]
+    (T, P), (_, H, E) = s_TP.shape, gates_THE.shape
     gated = torch.empty_like(s_TP)
     if s_TP.numel():
-        gates = None if gates_THE is None else gates_THE.contiguous()
         with launching_on(s_TP.device):
             gate_fwd_kernel[(cdiv(T, GATE_ROWS), cdiv(P, GATE_COLUMNS))](
-                s_TP, gates, gated, T, P, P // groups, H, E, scaling,
+                s_TP, gates_THE.contiguous(), gated, T, P, P // groups, H, E, scaling,
                 BLOCK_T=GATE_ROWS, BLOCK_P=GATE_COLUMNS, num_warps=FORWARD_TILES.num_warps,
             )  # fmt: skip
     return gated
@@ -158,12 +164,14 @@ class RouterGrads(NamedTuple):
     """(H, 1 + E) fp32"""
     mask: Tensor | None
     top_k: int
+    as_planes: bool = False
+    """Whether it is wanted as bf16 planes, as ``tiles.as_planes`` says."""
 
 
 def gate_backward(
     dgated_TP: Tensor,
     s_TP: Tensor,
-    gates_THE: Tensor | None,
+    gates_THE: Tensor,
     groups: int,
     scaling: float,
     *,
@@ -172,17 +180,20 @@ def gate_backward(
     need_dgates: bool,
     router: RouterGrads | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ds and gated (T, P) in s's dtype; dgates, or dlogits where a router is given, (T, H, E) fp32.
+    """ds and gated (T, P) in s's dtype; dgates, or dlogits where a router is given, (T, H, E) fp32, or its planes
+    (3, T, H, E).
 
     Whatever is not needed is empty.
     """
-    (T, P), (H, E) = s_TP.shape, (1, 1) if gates_THE is None else gates_THE.shape[1:]
-    R, gates = P // groups, None if gates_THE is None else gates_THE.contiguous()
+    (T, P), (_, H, E) = s_TP.shape, gates_THE.shape
+    R, gates = P // groups, gates_THE.contiguous()
+    logits, more, dsums, mask, top_k, planes = router or (None, None, None, None, 1, False)
     ds = torch.empty_like(s_TP) if need_ds else None
     gated = torch.empty_like(s_TP) if need_gated else None
-    out = torch.empty_like(gates) if need_dgates and gates is not None else None
+    out = None
+    if need_dgates:
+        out = gates.new_empty(3, T, H, E, dtype=torch.bfloat16) if planes else torch.empty_like(gates)
     if s_TP.numel() and (need_ds or need_gated or need_dgates):
-        logits, more, dsums, mask, top_k = router or (None, None, None, None, 1)
         with launching_on(s_TP.device):
             gate_bwd_kernel[(cdiv(T, BACKWARD_ROWS), H)](
                 dgated_TP, s_TP, gates, ds, gated, logits, more, dsums, mask, out,
@@ -201,32 +212,30 @@ def _block_r(r: int) -> int:
 
 def compile_cases(_: Capability) -> Iterator[Case]:
     for (groups, H, E, r), dtype in itertools.product(COMPILED, DTYPES):
-        shape = dict(T=8192, P=groups * max(E, 1) * r, R=max(E, 1) * r, H=H or 1)
-        gates: dict[str, torch.dtype] = {"p_gates": torch.float32} if H else {}
-        absent = {} if H else {"p_gates": None}
+        shape = dict(T=8192, P=groups * E * r, R=E * r, H=H)
         yield Case(
             kernel=gate_fwd_kernel,
             label=f"{short(dtype)} G={groups} H={H} E={E} r={r}",
-            pointers={"p_s": dtype, "p_gated": dtype, **gates},
-            scalars={**shape, "E": E or 1, "scaling": 2.0},
-            constants={**absent, "BLOCK_T": GATE_ROWS, "BLOCK_P": GATE_COLUMNS},
+            pointers={"p_s": dtype, "p_gated": dtype, "p_gates": torch.float32},
+            scalars={**shape, "E": E, "scaling": 2.0},
+            constants={"BLOCK_T": GATE_ROWS, "BLOCK_P": GATE_COLUMNS},
             tiles=FORWARD_TILES,
             tensor_cores=False,
         )
-        routing = ("p_logits", "p_more", "p_dsums", "p_out")
-        yield Case(
-            kernel=gate_bwd_kernel,
-            label=f"{short(dtype)} G={groups} H={H} E={E} r={r}",
-            pointers={**dict.fromkeys(("p_dgated", "p_s", "p_ds", "p_gated"), dtype), **gates}
-            | ({**dict.fromkeys(routing, torch.float32), "p_mask": torch.bool} if H else {}),
-            scalars={**shape, "r": r, "groups_per_head": groups // (H or 1), "scaling": 2.0},
-            constants=absent | ({} if H else dict.fromkeys((*routing, "p_mask")))
-            | dict(TOP_K=min(2, E) or 1, E=E or 1, E_PAD=next_power_of_2(E))
-            | dict(BLOCK_T=BACKWARD_ROWS, BLOCK_R=_block_r(r)),
-            tiles=BACKWARD_TILES,
-            tensor_cores=False,
-        )  # fmt: skip
+        for as_planes in (True, False)[not tiles.as_planes(H * E, dtype) :]:
+            yield Case(
+                kernel=gate_bwd_kernel,
+                label=f"{short(dtype)} G={groups} H={H} E={E} r={r}{' planes' if as_planes else ''}",
+                pointers=dict.fromkeys(("p_dgated", "p_s", "p_ds", "p_gated"), dtype)
+                | dict.fromkeys(("p_gates", "p_logits", "p_more", "p_dsums"), torch.float32)
+                | {"p_mask": torch.bool, "p_out": torch.bfloat16 if as_planes else torch.float32},
+                scalars={**shape, "r": r, "groups_per_head": groups // H, "scaling": 2.0},
+                constants=dict(TOP_K=min(2, E), E=E, E_PAD=next_power_of_2(E), BLOCK_T=BACKWARD_ROWS)
+                | dict(BLOCK_R=_block_r(r)),
+                tiles=BACKWARD_TILES,
+                tensor_cores=False,
+            )  # fmt: skip
 
 
-COMPILED = ((1, 0, 0, 32), (3, 0, 0, 32), (1, 1, 4, 32), (2, 2, 4, 32), (2, 1, 4, 32), (2, 2, 64, 8), (1, 1, 5, 100))
-"""(G, H, E, r) of the compile matrix: plain LoRA, mixtures with own and shared gates, many experts, odd shapes."""
+COMPILED = ((1, 1, 4, 32), (2, 2, 4, 32), (2, 1, 4, 32), (2, 2, 64, 8), (1, 1, 5, 100))
+"""(G, H, E, r) of the compile matrix: mixtures with own and shared gates, many experts, odd shapes."""

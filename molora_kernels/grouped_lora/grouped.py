@@ -26,9 +26,9 @@ from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.dot import dot, dot_of_many
 from molora_kernels._triton.dropout import kept, row_keys
 from molora_kernels._triton.tiles import Capability, capability_of, cdiv, launching_on
-from molora_kernels._triton.total import total
+from molora_kernels._triton.total import joined, totals
 from molora_kernels.grouped_lora import gating, portable_grouped, tiles
-from molora_kernels.grouped_lora.forward import cast_together, rows_contiguous
+from molora_kernels.grouped_lora.forward import rows_contiguous
 from molora_kernels.grouped_lora.sets import Sets, sets_of
 
 
@@ -239,7 +239,7 @@ def forward(
         )  # fmt: skip
     x_TK = rows_contiguous(x_TK)
     sets = sets_of_all(gates_THE, top_k, x_TK.dtype)
-    adapters = cast_together([[t] for t in (*lora_a_RK, *lora_b_NR)], x_TK.dtype)
+    adapters = joined([[t] for t in (*lora_a_RK, *lora_b_NR)], x_TK.dtype)
     lora_a_RK, lora_b_NR = adapters[: len(lora_a_RK)], adapters[len(lora_a_RK) :]
     s = shrink(x_TK, lora_a_RK, sets, dropout_seed, dropout_p, stream)
     gated = gating.gate(s, compact(gates_THE, sets), len(weights_NK), scaling)
@@ -281,7 +281,7 @@ def backward(
     dx, da = x_TK.new_empty(0), x_TK.new_empty(0)  # two: an operator's outputs may not share memory
     db: list[Tensor] = []
 
-    adapters = cast_together([[t] for t in (*lora_a_RK, *lora_b_NR)], x_TK.dtype)
+    adapters = joined([[t] for t in (*lora_a_RK, *lora_b_NR)], x_TK.dtype)
     cast_a, cast_b = adapters[: len(lora_a_RK)], adapters[len(lora_a_RK) :]
     dgated = unexpand(dys_TN, cast_b, sets)
     ds, gated, dgates = gate_backward(
@@ -289,8 +289,9 @@ def backward(
         need_ds=need_dx or need_dlora, need_gated=need_dlora, need_dgates=need_dgates,
     )  # fmt: skip
     if need_dlora:
-        db = expand_grads(dys_TN, gated, lora_b_NR, sets)
-        da = torch.cat(shrink_grads(x_TK, ds, lora_a_RK, sets, *drop))
+        terms = [shrink_terms(x_TK, ds, sets, len(dys_TN), *drop)]
+        terms += [[one] for one in expand_terms(dys_TN, gated, sets)]
+        da, *db = totals(terms, [lora_a_RK[0].dtype, *(b.dtype for b in lora_b_NR)])
     if need_dx:
         dx = input_grad(ds, cast_a, sets, None, *drop)
         for dy, weight in zip(dys_TN, weights_NK, strict=True):
@@ -377,30 +378,26 @@ def input_grad(
     return dx
 
 
-def shrink_grads(
+def shrink_terms(
     x_TK: Tensor,
     ds_TC: Tensor,
-    lora_a_RK: list[Tensor],
     sets: list[Sets],
+    groups: int,
     dropout_seed: Tensor | None,
     dropout_p: float,
     stream: int,
 ) -> list[Tensor]:
-    """da_g (R, K) = ds_g^T @ dropout(x), in A's dtype."""
+    """Of each projection the terms (splits, R, K) of da_g = ds_g^T @ dropout(x)."""
     drop = (dropout_seed, dropout_p, stream)
-    parts = ds_TC.chunk(len(lora_a_RK), 1)
-    return [
-        _weight_grads(x_TK, part, _of(sets, g), a.dtype, drop)
-        for g, (a, part) in enumerate(zip(lora_a_RK, parts, strict=True))
-    ]
+    return [_weight_terms(x_TK, part, _of(sets, g), drop) for g, part in enumerate(ds_TC.chunk(groups, 1))]
 
 
-def expand_grads(dys_TN: list[Tensor], gated_TC: Tensor, lora_b_NR: list[Tensor], sets: list[Sets]) -> list[Tensor]:
-    """db_g (N, R) = dy_g^T @ gated_g, in B's dtype."""
+def expand_terms(dys_TN: list[Tensor], gated_TC: Tensor, sets: list[Sets]) -> list[Tensor]:
+    """Of each projection the terms (splits, N, R) of db_g = dy_g^T @ gated_g."""
     parts = gated_TC.chunk(len(dys_TN), 1)
     return [
-        _weight_grads(dy, part, _of(sets, g), b.dtype, transposed=True)
-        for g, (dy, b, part) in enumerate(zip(dys_TN, lora_b_NR, parts, strict=True))
+        _weight_terms(dy, part, _of(sets, g), transposed=True)
+        for g, (dy, part) in enumerate(zip(dys_TN, parts, strict=True))
     ]
 
 
@@ -461,18 +458,18 @@ def _expand(
         )  # fmt: skip
 
 
-def _weight_grads(
+def _weight_terms(
     x_TK: Tensor,
     left: Tensor,
     sets: Sets,
-    dtype: torch.dtype,
     drop: tuple[Tensor | None, float, int] = (None, 0.0, 0),
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """Of each expert left^T @ dropout(x), (R, K) or ``transposed`` (K, R), in ``dtype``, from left (T, k * r).
+    """The terms of each expert's left^T @ dropout(x), (splits, R, K) or ``transposed`` (splits, K, R), fp32, from left
+    (T, k * r).
 
-    Bitwise the same on every run: fp32 partials over runs that the choices alone decide, then their sum.
+    Their sum is bitwise the same on every run: terms are over runs that the choices alone decide.
     """
     (T, K), (k, E) = x_TK.shape, (sets.chosen.shape[1], sets.slots.shape[1])
     r = left.shape[1] // k
@@ -490,7 +487,7 @@ def _weight_grads(
             TOP_K=k, SPLITS=splits, BLOCK_T=tile.block_t, BLOCK_R=tile.block_n, BLOCK_K=tile.block_k,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    return total(partials, dtype)
+    return partials
 
 
 COMPILED = ((8, 1, 16), (32, 2, 32), (64, 8, 64))

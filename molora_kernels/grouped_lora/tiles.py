@@ -43,18 +43,21 @@ def padded_experts(heads: int, experts: int) -> tuple[int, int]:
     return heads, max(next_power_of_2(experts), MIN_DOT // PLANES // heads)
 
 
-def padded_logits(P: int, Q: int, dtype: torch.dtype) -> int:
-    """Columns that a tensor core takes for Q logits beside P columns: of all planes where they are bf16's."""
-    return max(next_power_of_2(Q) * (PLANES if rides_along(P, Q, dtype) else 1), MIN_DOT)
+def padded_logits(Q: int, dtype: torch.dtype) -> int:
+    """Columns that a tensor core takes for Q logits of a token: of all planes where they are such."""
+    return max(next_power_of_2(Q) * (PLANES if as_planes(Q, dtype) else 1), MIN_DOT)
+
+
+def as_planes(Q: int, dtype: torch.dtype) -> bool:
+    """Whether the fp32 side of routers' products with x, of Q logits a token, is given as bf16 planes: not for fp16,
+    whose range is too short for that, nor for fp32, which runs on the fp32 units."""
+    return dtype == torch.bfloat16 and next_power_of_2(Q) <= MAX_Q
 
 
 def rides_along(P: int, Q: int, dtype: torch.dtype) -> bool:
-    """Whether routers of Q logits a token are worth fusing: one block holds the whole shrink, so x is read once.
-
-    Only for bf16, of which three make fp32: fp16's range is too short for that, and products of fp32 run on the fp32
-    units, where both accumulators would not fit in registers.
-    """
-    return dtype == torch.bfloat16 and next_power_of_2(Q) <= MAX_Q and next_power_of_2(P) <= MAX_P
+    """Whether routers of Q logits a token are worth fusing: one block holds the whole shrink, so x is read once. In
+    fp32, both accumulators would not fit in registers."""
+    return as_planes(Q, dtype) and next_power_of_2(P) <= MAX_P
 
 
 @functools.cache

@@ -18,14 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from molora_kernels._triton.cases import DTYPES, Case, short
+from molora_kernels._triton.planes import planes
 from molora_kernels._triton.tiles import Capability, cdiv, launching_on
-from molora_kernels._triton.total import total
+from molora_kernels._triton.total import joined, totals
 from molora_kernels.grouped_lora import backward as grouped_lora
-from molora_kernels.grouped_lora import gating, grouped
-from molora_kernels.grouped_lora.forward import cast_together, rows_contiguous
+from molora_kernels.grouped_lora import gating, grouped, tiles
+from molora_kernels.grouped_lora.forward import rows_contiguous
 from molora_kernels.grouped_lora.sets import Sets
 from molora_kernels.mlp_block import portable
-from molora_kernels.mlp_block.forward import BLOCK, TILES
+from molora_kernels.mlp_block.forward import BLOCK, DOWN, IN, TILES
 from molora_kernels.router.backward import dlogits_of
 from molora_kernels.router.forward import flags, fp32
 
@@ -81,63 +82,75 @@ def backward(
     need_dlogits = bool(routers) and (need_dx or need_drouter or need_dlora)
     x_TK, dy_TK, mask = rows_contiguous(x_TK), rows_contiguous(dy_TK), flags(mask_T)
     dsums = fp32(dsums)
-
-    def given(t: Tensor, needed: bool = True) -> Tensor | None:
-        """As (T, columns), or None for the empty tensor that says "not needed"."""
-        return t.flatten(1) if needed and t.ndim > 1 else None
-
-    a_in, a_down, *b = cast_together([lora_a[:2], lora_a[2:], *([b] for b in lora_b)], x_TK.dtype)
+    a_in, a_down, *b = joined([lora_a[:2], lora_a[2:], *([b] for b in lora_b)], x_TK.dtype)
+    router_in, router_down = _routers([router_weights[IN], router_weights[DOWN]], x_TK.dtype)
 
     def adapter(part: slice, stream: int, gates: Tensor | None) -> _Adapter:
         sets = [] if form == "dense" or gates is None else grouped.sets_of_all(gates, top_k, x_TK.dtype)
-        routers = torch.cat(router_weights[part]).float() if router_weights[part] else None
-        return _Adapter(
-            a_in if stream == 0 else a_down, b[part], lora_a[part], lora_b[part], routers, gates, sets, scaling,
-            (dropout_seed, dropout_p, stream),
-        )  # fmt: skip
+        a, router = (a_in, router_in) if stream == 0 else (a_down, router_down)
+        heads = len(router_weights[part])
+        return _Adapter(a, b[part], router, heads, gates, sets, scaling, (dropout_seed, dropout_p, stream))
 
     def router_grads(logits: Tensor | None, more: Tensor | None, part: slice) -> gating.RouterGrads | None:
         if logits is None:
             return None
-        return gating.RouterGrads(logits, more, None if dsums is None else dsums[part], mask, top_k)
+        as_planes = tiles.as_planes(logits.shape[1:].numel(), x_TK.dtype)
+        return gating.RouterGrads(logits, more, None if dsums is None else dsums[part], mask, top_k, as_planes)
 
     # down, whose input gradient everything below needs
-    part = slice(2, 3)
-    down = adapter(part, 1, gates_down if own_router else gates_in)
+    down = adapter(DOWN, 1, gates_down if own_router else gates_in)
     ds, gated, dlogits_down = down.through_gates(
-        [dy_TK], s_down, router_grads(logits_down, None, part),
+        [dy_TK], s_down, router_grads(logits_down, None, DOWN),
         need_ds=True, need_gated=need_dlora, need_dgates=need_dlogits,
     )  # fmt: skip
-    own_dlogits = given(dlogits_down, own_router)
+    own_dlogits = _columns(dlogits_down) if own_router else None
     dh = down.input_grad(ds, own_dlogits)
     dh.addmm_(dy_TK, weights[2])
     h, dh_gate, dh_up = swiglu_backward(h_gate, h_up, dh, need_h=need_dlora or (need_drouter and own_router))
-    da_down, db_down, drouter_down = down.weight_grads(
-        h, [dy_TK], given(ds, need_dlora), gated, own_dlogits if need_drouter else None
-    )
+    of_down = down.weight_terms(h, [dy_TK], ds, gated, own_dlogits, need_dlora, need_drouter and own_router)
 
     # gate and up
-    part = slice(0, 2)
-    gate_up = adapter(part, 0, gates_in)
+    gate_up = adapter(IN, 0, gates_in)
     more = None if own_router or not need_dlogits else dlogits_down  # a shared router's gates: down's share
     ds, gated, dlogits_in = gate_up.through_gates(
-        [dh_gate, dh_up], s_in, router_grads(logits_in, more, part),
+        [dh_gate, dh_up], s_in, router_grads(logits_in, more, IN),
         need_ds=need_dx or need_dlora, need_gated=need_dlora, need_dgates=need_dlogits,
     )  # fmt: skip
-    da_in, db_in, drouter_in = gate_up.weight_grads(
-        x_TK, [dh_gate, dh_up], given(ds, need_dlora), gated, given(dlogits_in, need_drouter)
-    )
+    columns = _columns(dlogits_in) if routers else None
+    of_in = gate_up.weight_terms(x_TK, [dh_gate, dh_up], ds, gated, columns, need_dlora, need_drouter)
     dx = x_TK.new_empty(0)
     if need_dx:
-        dx = gate_up.input_grad(ds, given(dlogits_in))
+        dx = gate_up.input_grad(ds, columns)
         dx.addmm_(dh_gate, weights[0]).addmm_(dh_up, weights[1])
 
-    da, db = [*da_in, *da_down], [*db_in, *db_down]
+    terms = [*of_in.a, *of_down.a, *of_in.b, *of_down.b, *of_in.routers, *of_down.routers]
+    masters = [*lora_a, *lora_b] if need_dlora else []
+    found = totals([[one] for one in terms], [*(m.dtype for m in masters), *(torch.float32 for _ in terms[len(masters) :])])
+    da, db, drouters = found[: len(masters) // 2], found[len(masters) // 2 : len(masters)], found[len(masters) :]
     if not need_drouter:
         return dx, da, db, [], []
-    dlogits = [*dlogits_in.unbind(1), *(dlogits_down.unbind(1) if own_router else ())]
-    drouters = [*drouter_in.chunk(min(routers, 2), 1), *((drouter_down,) if own_router else ())]
-    return dx, da, db, [total(d, torch.float32) for d in drouters], [d.sum(0) for d in dlogits]
+    of_biases = [*dlogits_in.unbind(-2), *(dlogits_down.unbind(-2) if own_router else ())]
+    return dx, da, db, drouters, [d.sum(tuple(range(d.ndim - 1)), dtype=torch.float32) for d in of_biases]
+
+
+def _routers(parts: list[list[Tensor]], dtype: torch.dtype) -> list[Tensor | None]:
+    """Of each part the weights of its routers below one another: as planes (3, H * E, K), or fp32 (H * E, K)."""
+    split = [i for i, part in enumerate(parts) if part and tiles.as_planes(sum(map(len, part)), dtype)]
+    of_split = dict(zip(split, planes([parts[i] for i in split]), strict=True))
+    return [of_split.get(i) if i in of_split or not part else torch.cat(part).float() for i, part in enumerate(parts)]
+
+
+def _columns(dlogits: Tensor) -> Tensor | None:
+    """The routers' logits of a token side by side, (T, H * E) or (3, T, H * E) of planes; None if not needed."""
+    return dlogits.flatten(-2) if dlogits.ndim > 1 else None
+
+
+class _Terms(NamedTuple):
+    """Of weights' gradients, each (splits, …) fp32; none of what is not needed."""
+
+    a: list[Tensor]
+    b: list[Tensor]
+    routers: list[Tensor]
 
 
 class _Adapter(NamedTuple):
@@ -147,11 +160,10 @@ class _Adapter(NamedTuple):
     """(P, K) in the input's dtype"""
     b: list[Tensor]
     """(N, R) in the input's dtype"""
-    lora_a: list[Tensor]
-    lora_b: list[Tensor]
-    """The masters, whose dtypes their gradients have."""
     routers: Tensor | None
-    """(H * E, K) fp32, where they have their own"""
+    """(H * E, K) fp32 or its planes, where they have their own"""
+    heads: int
+    """H of them"""
     gates: Tensor | None
     sets: list[Sets]
     """Of the grouped form; none in the dense one."""
@@ -162,8 +174,10 @@ class _Adapter(NamedTuple):
         self, dys: list[Tensor], s: Tensor, router: gating.RouterGrads | None, **need: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """ds, the gated shrink, and dlogits, or dgates where the router is another's; see ``gating.gate_backward``."""
+        if self.gates is None:
+            return grouped_lora.unexpand(dys, self.b, s, self.scaling), s, s.new_empty(0)
         settings = (len(dys), self.scaling)
-        if not self.sets or self.gates is None:
+        if not self.sets:
             dgated = grouped_lora.unexpand(dys, self.b, s)
             return gating.gate_backward(dgated, s, self.gates, *settings, router=router, **need)
         dgated = grouped.unexpand(dys, self.b, self.sets)
@@ -171,33 +185,41 @@ class _Adapter(NamedTuple):
         if router and need["need_dgates"]:
             dgates = dgates if router.more_dgates is None else dgates + router.more_dgates
             dgates = dlogits_of(dgates, router.dsums, router.logits, self.gates, router.mask, router.top_k)
+            dgates = planes([[dgates]])[0] if router.as_planes else dgates
         return ds, gated, dgates
 
     def input_grad(self, ds: Tensor, dlogits: Tensor | None) -> Tensor:
         """What experts and routers contribute to the input's gradient."""
-        routers = None if dlogits is None else self.routers
         if not self.sets:
-            return grouped_lora.input_grad(ds, self.a, dlogits, routers, *self.drop)
+            return grouped_lora.input_grad(ds, self.a, dlogits, self.routers, *self.drop)
         dx = None
-        if routers is not None:  # a product with no experts: the routers' alone
-            dx = grouped_lora.input_grad(ds[:, :0], self.a[:0], dlogits, routers, None, 0.0, 0)
-        return grouped.input_grad(ds, list(self.a.chunk(len(self.lora_a))), self.sets, dx, *self.drop)
+        if dlogits is not None:  # a product with no experts: the routers' alone
+            dx = grouped_lora.input_grad(ds[:, :0], self.a[:0], dlogits, self.routers, None, 0.0, 0)
+        return grouped.input_grad(ds, list(self.a.chunk(len(self.b))), self.sets, dx, *self.drop)
 
-    def weight_grads(
-        self, x: Tensor, dys: list[Tensor], ds: Tensor | None, gated: Tensor, dlogits: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """da and db per projection, in their own dtypes, if ds is given; if dlogits, the terms of the routers' (splits,
-        H * E, K) fp32."""
-        if ds is None:
-            return [], [], grouped_lora.weight_partials(x, None, dlogits)[1]
-        if not self.sets:
-            partials, router_partials = grouped_lora.weight_partials(x, ds, dlogits, *self.drop)
-            parts = partials.chunk(len(self.lora_a), 1)
-            das = [total(part, a.dtype) for part, a in zip(parts, self.lora_a, strict=True)]
-            return das, grouped_lora.expand_grads(dys, gated, self.lora_b), router_partials
-        das = grouped.shrink_grads(x, ds, self.lora_a, self.sets, *self.drop)
-        dbs = grouped.expand_grads(dys, gated, self.lora_b, self.sets)
-        return das, dbs, grouped_lora.weight_partials(x, None, dlogits)[1]
+    def weight_terms(
+        self,
+        x: Tensor,
+        dys: list[Tensor],
+        ds: Tensor,
+        gated: Tensor,
+        dlogits: Tensor | None,
+        need_dlora: bool,
+        need_drouter: bool,
+    ) -> _Terms:
+        """Of da and db of each projection, and of each router's weight."""
+        dlogits = dlogits if need_drouter else None
+        if not need_dlora:
+            of_a, of_b, of_routers = [], [], grouped_lora.weight_terms(x, None, dlogits)[1]
+        elif self.sets:
+            of_a = grouped.shrink_terms(x, ds, self.sets, len(self.b), *self.drop)
+            of_b = grouped.expand_terms(dys, gated, self.sets)
+            of_routers = grouped_lora.weight_terms(x, None, dlogits)[1]
+        else:
+            of_all, of_routers = grouped_lora.weight_terms(x, ds, dlogits, *self.drop)
+            of_a = list(of_all.chunk(len(self.b), 1))
+            of_b = grouped_lora.expand_terms(dys, gated, self.scaling if self.gates is None else 1.0)
+        return _Terms(of_a, of_b, [] if dlogits is None else list(of_routers.chunk(self.heads, 1)))
 
 
 def swiglu_backward(h_gate: Tensor, h_up: Tensor, dh: Tensor, *, need_h: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,12 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from molora_kernels._triton.cases import DTYPES, Case, short
+from molora_kernels._triton.planes import planes
 from molora_kernels._triton.tiles import Capability, Tiles, cdiv, launching_on
+from molora_kernels._triton.total import joined
 from molora_kernels.grouped_lora import forward as grouped_lora
-from molora_kernels.grouped_lora import gating, grouped, tiles
+from molora_kernels.grouped_lora import grouped, tiles
 from molora_kernels.mlp_block import portable
 from molora_kernels.router import forward as router
 
+IN, DOWN = slice(0, 2), slice(2, 3)
+"""Of the projections, and of their routers: those that read x, and the one that reads what they activate."""
 BLOCK = 1024
 """Elements of one program of an elementwise kernel."""
 TILES = Tiles(block_t=0, block_k=BLOCK)
@@ -65,43 +69,48 @@ def forward(
         """In fp32; one alone is not copied."""
         return (tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)).float().contiguous()
 
-    def routers_of(part: slice) -> grouped_lora.Routers:
-        bias, selection = (stacked(b[part]) if b else None for b in (router_biases, selection_biases))
-        return grouped_lora.Routers(stacked(router_weights[part]), bias, selection, router.flags(mask_T), top_k)
+    def rides_along(part: slice) -> bool:
+        if form != "dense" or not router_weights[part]:
+            return False
+        heads, experts = tiles.padded_experts(len(router_weights[part]), len(router_weights[0]))
+        return tiles.rides_along(sum(map(len, lora_a[part])), heads * experts, x_TK.dtype)
 
     def project(
-        x: Tensor, part: slice, stream: int, shared: grouped_lora.Routed | None
+        x: Tensor, part: slice, stream: int, shared: Tensor | None
     ) -> tuple[list[Tensor], Tensor, grouped_lora.Routed | None]:
-        """Outputs, shrink, and what the part's own routers say; where it has none, the shared one's gates apply."""
+        """Outputs, shrink, and what the part's own routers say; where it has none, the shared gates apply."""
         frozen, drop = (x, weights[part], biases[part]), (dropout_seed, dropout_p, stream)
-        routers, own, s = routers_of(part) if router_weights[part] else None, None, None
-        a = a_in if stream == 0 else a_down
-        if routers:
-            heads, experts = tiles.padded_experts(*routers.weight.shape[:2])
-            if form == "dense" and tiles.rides_along(a.shape[0], heads * experts, x.dtype):
-                s, own = grouped_lora.route_and_shrink(x, a, routers, *drop)
+        own, s, a = None, None, a_in if stream == 0 else a_down
+        if router_weights[part]:
+            rides = stream in ridden
+            weight = ridden[stream] if rides else stacked(router_weights[part])
+            bias, selection = (stacked(b[part]) if b else None for b in (router_biases, selection_biases))
+            routers = grouped_lora.Routers(weight, bias, selection, mask, top_k)
+            out = sums[part], counts[part]
+            if rides:
+                s, own = grouped_lora.route_and_shrink(x, a, routers, *drop, out)
             else:
-                own = grouped_lora.Routed(*router.forward(x, *routers))
-        routed = own or shared
-        gates = routed and routed.gates
+                own = grouped_lora.Routed(*router.forward(x, *routers, out)[:2])
+        gates = own.gates if own else shared
         if form == "grouped":
             lists = (*frozen, list(a.chunk(len(frozen[1]))), b[part])
             return *grouped.forward(*lists, gates, dropout_seed, scaling, dropout_p, stream, top_k), own
         s = grouped_lora.shrink(x, a, *drop) if s is None else s
-        return grouped_lora.expand(*frozen, b[part], gating.gate(s, gates, len(frozen[1]), scaling)), s, own
+        return grouped_lora.expand(*frozen, b[part], s, gates, scaling), s, own
 
-    x_TK = grouped_lora.rows_contiguous(x_TK)
-    a_in, a_down, *b = grouped_lora.cast_together([lora_a[:2], lora_a[2:], *([b] for b in lora_b)], x_TK.dtype)
-    (h_gate, h_up), s_in, routed_in = project(x_TK, slice(0, 2), 0, None)
-    (y,), s_down, routed_down = project(swiglu(h_gate, h_up), slice(2, 3), 1, routed_in)
-
-    all_routed = [routed for routed in (routed_in, routed_down) if routed]
-    if all_routed:
-        sums, counts = torch.cat([r.sums for r in all_routed]), torch.cat([r.counts for r in all_routed])
+    x_TK, mask = grouped_lora.rows_contiguous(x_TK), router.flags(mask_T)
+    a_in, a_down, *b = joined([lora_a[:2], lora_a[2:], *([b] for b in lora_b)], x_TK.dtype)
+    if router_weights:
+        sums, counts = router.new_sums(x_TK, len(router_weights), len(router_weights[0]))
     else:
         sums, counts = portable.no_routing(x_TK)
-    routed = [(r.gates, r.logits) if r else (x_TK.new_empty(0), x_TK.new_empty(0)) for r in (routed_in, routed_down)]
-    return y, sums, counts, [h_gate, h_up, s_in, s_down, *routed[0], *routed[1]]
+    parts = {stream: router_weights[part] for stream, part in enumerate((IN, DOWN)) if rides_along(part)}
+    ridden = dict(zip(parts, planes(list(parts.values())), strict=True))
+
+    (h_gate, h_up), s_in, routed_in = project(x_TK, IN, 0, None)
+    (y,), s_down, routed_down = project(swiglu(h_gate, h_up), DOWN, 1, routed_in and routed_in.gates)
+    routed = [t for r in (routed_in, routed_down) for t in r or (x_TK.new_empty(0), x_TK.new_empty(0))]
+    return y, sums, counts, [h_gate, h_up, s_in, s_down, *routed]
 
 
 def swiglu(h_gate_TI: Tensor, h_up_TI: Tensor) -> Tensor:

@@ -126,8 +126,10 @@ def forward(
     selection_bias: Tensor | None,
     mask: Tensor | None,
     top_k: int,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gates (T, H, E), logits (T, H, E), sums (H, 1 + E), counts (H, E), all fp32; as ``portable.forward``.
+    """Gates (T, H, E), logits (T, H, E), sums (H, 1 + E), counts (H, E), all fp32; as ``portable.forward``. Sums and
+    counts in ``out`` if it is given.
 
     Raises:
         ValueError: more experts or a larger top_k than the kernels are made for, or a dtype they do not take.
@@ -141,8 +143,6 @@ def forward(
     gates = torch.empty(tokens, heads, experts, dtype=torch.float32, device=x.device)
     logits = torch.empty_like(gates)
     partials = torch.empty(blocks, heads, 1 + 2 * experts, dtype=torch.float32, device=x.device)
-    sums = torch.empty(heads, 1 + experts, dtype=torch.float32, device=x.device)
-    counts = torch.empty(heads, experts, dtype=torch.float32, device=x.device)
     with launching_on(x.device):
         if tokens:
             router_fwd_kernel[(blocks, cdiv(heads, head_tile))](
@@ -152,10 +152,22 @@ def forward(
                 BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k,
                 num_warps=tiles.num_warps, num_stages=tiles.num_stages,
             )  # fmt: skip
+    return gates, logits, *add_up(partials, out or new_sums(x, heads, experts))
+
+
+def new_sums(x: Tensor, heads: int, experts: int) -> tuple[Tensor, Tensor]:
+    """Of any content: sums (H, 1 + E) and counts (H, E), fp32."""
+    return x.new_empty(heads, 1 + experts, dtype=torch.float32), x.new_empty(heads, experts, dtype=torch.float32)
+
+
+def add_up(partials: Tensor, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Sums and counts in ``out``, of what each block of rows contributes (blocks, H, 1 + 2E)."""
+    (blocks, heads, _), experts = partials.shape, out[1].shape[1]
+    with launching_on(partials.device):
         router_sums_kernel[(heads,)](
-            partials, sums, counts, blocks, heads, E=experts, **sums_blocks(experts), num_warps=SUMS_WARPS
+            partials, *out, blocks, heads, E=experts, **sums_blocks(experts), num_warps=SUMS_WARPS
         )  # fmt: skip
-    return gates, logits, sums, counts
+    return out
 
 
 SUMS_WARPS = 4

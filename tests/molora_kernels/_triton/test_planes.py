@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 planes = importlib.import_module("molora_kernels._triton.planes").planes
-total = importlib.import_module("molora_kernels._triton.total").total
+total = importlib.import_module("molora_kernels._triton.total")
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -17,21 +17,37 @@ def test_planes_add_up_to_every_bit(device: torch.device) -> None:
     draw = torch.Generator().manual_seed(0)
     scales = 10.0 ** torch.randint(-20, 20, (37, 1), generator=draw)
     x = (torch.randn(37, 45, generator=draw) * scales).to(device)
-    made = planes(x)
+    (made,) = planes([[x]])
     assert made.dtype == torch.bfloat16 and made.shape == (3, 37, 45)
     assert torch.equal(made.double().sum(0), x.double())
     assert (made[0].double() - x.double()).abs().max() > 0  # one plane alone would not do
-    assert planes(x[:0]).shape == (3, 0, 45)
+    both, one, none = planes([[x[:5], x[30:]], [x[7:8]], [x[:0]]])
+    assert torch.equal(both, torch.cat([made[:, :5], made[:, 30:]], 1)) and torch.equal(one, made[:, 7:8])
+    assert none.shape == (3, 0, 45)
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_terms_add_up_in_their_order(dtype: torch.dtype, device: torch.device) -> None:
-    terms = torch.randn(5, 6, 250, generator=torch.Generator().manual_seed(0)).to(device)
+    draw = torch.Generator().manual_seed(0)
+    terms, more = torch.randn(5, 6, 250, generator=draw).to(device), torch.randn(1, 9, 1100, generator=draw).to(device)
     in_order = torch.zeros(6, 250, device=device)
     for term in terms:
         in_order = in_order + term
-    assert torch.equal(total(terms, dtype), in_order.to(dtype))
-    for part, expected in zip(terms.chunk(2, 1), in_order.chunk(2), strict=True):  # of several projections, in one
-        assert torch.equal(total(part, dtype), expected.to(dtype))
-    assert torch.equal(total(terms[:1], dtype), terms[0].to(dtype))
+    whole, alone = total.totals([[terms], [more]], [dtype, torch.float32])
+    assert torch.equal(whole, in_order.to(dtype)) and torch.equal(alone, more[0])
+    halves = total.totals([[part] for part in terms.chunk(2, 1)], [dtype] * 2)  # of several projections, in one
+    assert all(torch.equal(*pair) for pair in zip(halves, whole.chunk(2), strict=True))
+    (stacked,) = total.totals([[terms[:, 3:], terms[:2, :3]]], [dtype])
+    assert torch.equal(stacked, torch.cat([whole[3:], (terms[0] + terms[1])[:3].to(dtype)]))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_are_joined_in_another_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(rows, 70, generator=draw).to(device) for rows in (5, 16, 3))
+    c = c.to(dtype)
+    found = total.joined([[a, b.T.contiguous().T], [c], [b]], dtype)
+    assert torch.equal(found[0], torch.cat([a, b]).to(dtype)) and torch.equal(found[2], b.to(dtype))
+    assert found[1] is c and found[0].is_contiguous()

@@ -167,7 +167,7 @@ def test_cost_counts_every_launch(monkeypatch: pytest.MonkeyPatch, device: torch
 
     counted(grouped, "_shrink", shrink)
     counted(grouped, "_expand", expand)
-    counted(grouped, "_weight_grads", weights)
+    counted(grouped, "_weight_terms", weights)
     counted(grouped.gating, "gate", lambda s, *_: (0, 2 * s.numel()))
     counted(grouped.gating, "gate_backward", lambda _, s, *__, **___: (0, 4 * s.numel()))
     inputs = lora_inputs(LoraCase(T=T, K=K, N=N, E=E, r=r, H=2, chosen=k), torch.float16, device)

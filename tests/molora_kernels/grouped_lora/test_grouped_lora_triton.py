@@ -82,22 +82,6 @@ def test_only_what_is_needed_is_computed(need: tuple[bool, bool, bool], device: 
     assert len(some[2]) == (2 if need_dlora else 0)
 
 
-@pytest.mark.parametrize("masters", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("poisoned")
-def test_adapters_are_cast_by_one_call(
-    masters: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    adapters = [torch.randn(n, k, device=device).to(masters) for n, k in ((6, 10), (4, 10), (3, 14))]
-    adapters[2] = adapters[2][:, ::2]
-    copies: list[int] = []
-    copy = torch._foreach_copy_
-    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: (copies.append(len(of)), copy(to, of)))
-    pair, one = forward.cast_together([adapters[:2], adapters[2:]], torch.bfloat16)
-    assert torch.equal(pair, torch.cat(adapters[:2]).bfloat16()) and torch.equal(one, adapters[2].bfloat16())
-    assert pair.is_contiguous() and one.is_contiguous()
-    assert copies == ([3] if masters == torch.float32 else [])
-
-
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_fit_in_shared_memory(dtype: torch.dtype, capability: tuple[int, int] | None) -> None:
@@ -141,7 +125,7 @@ def test_offsets_beyond_an_int32(form: Form, device: torch.device) -> None:
         distant_x = far(x)
         assert forward.rows_contiguous(x) is x and forward.rows_contiguous(distant_x).is_contiguous()
         assert torch.equal(forward.shrink(distant_x, a, None, 0.0, 0), forward.shrink(x, a, None, 0.0, 0))
-        for near, there in zip(*(backward.weight_partials(t, left, None) for t in (x, distant_x)), strict=True):
+        for near, there in zip(*(backward.weight_terms(t, left, None) for t in (x, distant_x)), strict=True):
             assert torch.equal(near, there)
     inputs = lora_inputs(LoraCase(T=3, K=16, N=(16,), E=3, r=4, H=1, p=0.2), torch.float16, device)
     distant = replace(inputs, x=far(inputs.x), dys=[far(dy) for dy in inputs.dys])
