@@ -65,12 +65,14 @@ def _gates(shape: Shape, heads: int = 1) -> Tensor:
 def _route_and_shrink(features: str, projections: int) -> Callable[[Shape], Callable[[], Any]]:
     def prepare(shape: Shape) -> Callable[[], Any]:
         from molora_kernels.grouped_lora import forward
+        from molora_kernels.router.forward import new_sums
 
         K, P = getattr(shape, features), projections * shape.experts * shape.rank
         x, a = _normal(shape, shape.tokens, K), _normal(shape, P, K)
-        weight = _normal(shape, projections, shape.experts, K, dtype=torch.float32)
+        weight = _split(_normal(shape, projections * shape.experts, K, dtype=torch.float32))
         routers = forward.Routers(weight, None, None, None, shape.top_k)
-        return lambda: forward.route_and_shrink(x, a, routers, *_drop(shape))[0]
+        out = new_sums(x, projections, shape.experts)
+        return lambda: forward.route_and_shrink(x, a, routers, *_drop(shape), out)[0]
 
     return prepare
 
@@ -85,16 +87,26 @@ def _shrink(projections: int) -> Callable[[Shape], Callable[[], Any]]:
     return prepare
 
 
-def _weights(
-    features: str, columns: Callable[[Shape], int], routers: int, transposed: bool = False
-) -> Callable[[Shape], Callable[[], Any]]:
+def _weights(features: str, columns: Callable[[Shape], int], routers: int) -> Callable[[Shape], Callable[[], Any]]:
     def prepare(shape: Shape) -> Callable[[], Any]:
         from molora_kernels.grouped_lora import backward
 
         x, left = _normal(shape, shape.tokens, getattr(shape, features)), _normal(shape, shape.tokens, columns(shape))
-        dlogits = _normal(shape, shape.tokens, routers * shape.experts, dtype=torch.float32) if routers else None
-        drop = (None, 0.0, 0) if transposed else _drop(shape)
-        return lambda: backward.weight_partials(x, left, dlogits, *drop, transposed=transposed)[0].sum(0)
+        dlogits = (
+            _split(_normal(shape, shape.tokens, routers * shape.experts, dtype=torch.float32)) if routers else None
+        )
+        return lambda: backward.weight_terms(x, left, dlogits, *_drop(shape))[0].sum(0)
+
+    return prepare
+
+
+def _expands(features: str, projections: int) -> Callable[[Shape], Callable[[], Any]]:
+    def prepare(shape: Shape) -> Callable[[], Any]:
+        from molora_kernels.grouped_lora import backward
+
+        dys = [_normal(shape, shape.tokens + i, getattr(shape, features))[i:] for i in range(projections)]
+        gated = _normal(shape, shape.tokens, projections * _mixture(shape))
+        return lambda: torch.stack([terms.sum(0) for terms in backward.expand_terms(dys, gated)])
 
     return prepare
 
@@ -105,11 +117,17 @@ def _input_grad(features: str, columns: Callable[[Shape], int], routers: int) ->
 
         K, P, Q = getattr(shape, features), columns(shape), routers * shape.experts
         ds, a = _normal(shape, shape.tokens, P), _normal(shape, P, K)
-        dlogits = _normal(shape, shape.tokens, Q, dtype=torch.float32) if Q else None
-        weight = _normal(shape, Q, K, dtype=torch.float32) if Q else None
+        dlogits, weight = (_split(_normal(shape, n, m, dtype=torch.float32)) for n, m in ((shape.tokens, Q), (Q, K)))
         return lambda: backward.input_grad(ds, a, dlogits, weight, *_drop(shape))
 
     return prepare
+
+
+def _split(x: Tensor) -> Tensor:
+    """fp32 as the planes that routers take."""
+    from molora_kernels._triton.planes import planes
+
+    return planes([[x]])[0]
 
 
 def _gate(projections: int, *, backward: bool) -> Callable[[Shape], Callable[[], Any]]:
@@ -155,7 +173,7 @@ def _grouped(what: str, features: str) -> Callable[[Shape], Callable[[], Any]]:
             return lambda: grouped.shrink(x, [a], sets, *_drop(shape))
         if what == "expand":
             return lambda: grouped.input_grad(s, [a], sets, None, *_drop(shape))
-        return lambda: grouped.shrink_grads(x, s, [a], sets, *_drop(shape))[0]
+        return lambda: grouped.shrink_terms(x, s, sets, 1, *_drop(shape))[0].sum(0)
 
     return prepare
 
@@ -235,13 +253,13 @@ TARGETS = {
         _tiles("weight_tiles", block_t=(32, 64, 128), block_k=(64, 128), block_n=(128,), num_warps=WARPS,
                num_stages=(2, 4), FEW_SPLITS=(2, 5, 10)),
     ),
-    "dB gate": Target(
-        _weights("intermediate", _mixture, 0, transposed=True),
+    "dB gate/up": Target(
+        _expands("intermediate", 2),
         _tiles("weight_tiles", block_t=(32, 64, 128), block_k=(64, 128), block_n=(128,), num_warps=WARPS,
                num_stages=(2, 4), FEW_SPLITS=(2, 5, 10)),
     ),
     "dB down": Target(
-        _weights("hidden", _mixture, 0, transposed=True),
+        _expands("hidden", 1),
         _tiles("weight_tiles", block_t=(64, 128), block_k=(64, 128), block_n=(128,), num_warps=WARPS,
                num_stages=(2, 4), FEW_SPLITS=(2, 5, 10)),
     ),

@@ -1,6 +1,6 @@
 """Choosing among arguments in a kernel that does several products in one launch."""
 
-# pyright: reportIndexIssue=false, reportArgumentType=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # (Triton's arguments can be tuples, whose length a kernel knows when it is compiled.)
 from __future__ import annotations
 

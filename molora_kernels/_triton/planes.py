@@ -5,7 +5,7 @@ A product of two bf16 numbers is exact in fp32, and fp32's 24 bits are three tim
 three planes add up to that of the fp32 matrix. Split once and laid side by side they are columns of one more product.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 # (Triton types a launch as a plain call of the kernel: it knows neither num_warps, nor that constexpr takes an int, nor
 # that arguments can be tuples.)
 from __future__ import annotations
@@ -50,9 +50,7 @@ def planes_kernel(p_xs, p_planes, offsets, sizes, strides, BLOCK: tl.constexpr):
 
 def planes(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Of each group of fp32 tensors (M_i, N), below one another: (3, sum of M_i, N) bf16. All by one launch."""
-    made = [
-        group[0].new_empty(3, sum(map(len, group)), *group[0].shape[1:], dtype=torch.bfloat16) for group in groups
-    ]
+    made = [group[0].new_empty(3, sum(map(len, group)), *group[0].shape[1:], dtype=torch.bfloat16) for group in groups]
     sources, targets, offsets = [], [], []
     for target, group in zip(made, groups, strict=True):
         offset = 0

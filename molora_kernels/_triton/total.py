@@ -4,13 +4,15 @@ runs of rows added up in their order, and the first of every call, which casts f
 Each is a few MB at most, so that a launch for each would be most of what it costs.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 # (Triton types a launch as a plain call of the kernel: it knows neither num_warps, nor that constexpr takes an int, nor
 # that arguments can be tuples.)
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -47,37 +49,56 @@ def total_kernel(p_terms, p_sums, offsets, sizes, strides, SPLITS: tl.constexpr,
 
 def totals(groups: Sequence[Sequence[Tensor]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Of each group the sums over the first dimension of its tensors (splits, M_i, N), each term contiguous, below one
-    another: (sum of M_i, N) in its dtype. Terms are read at the speed of memory, which ``Tensor.sum`` over few long rows
+    another: (sum of M_i, N) in its dtype. Reads terms at the speed of memory, which ``Tensor.sum`` over few long rows
     does not."""
-    made = [
-        group[0].new_empty(sum(t.shape[1] for t in group), *group[0].shape[2:], dtype=dtype)
-        for group, dtype in zip(groups, dtypes, strict=True)
-    ]
-    terms, sums, offsets, sizes = [], [], [], []
-    for target, group in zip(made, groups, strict=True):
-        offset = 0
-        for one in group:
-            terms.append(one)
-            sums.append(target)
-            offsets.append(offset)
-            sizes.append(one.numel() // len(one))
-            offset += sizes[-1]
-    if blocks := sum(cdiv(n, TILES.block_k) for n in sizes):
+    plan = _plan(tuple([tuple([t.shape for t in group]) for group in groups]))
+    made = [g[0].new_empty(shape, dtype=d) for g, shape, d in zip(groups, plan.shapes, dtypes, strict=True)]
+    if plan.blocks:
+        terms = [t for group in groups for t in group]
         with launching_on(made[0].device):
-            total_kernel[(blocks,)](
-                tuple(terms), tuple(sums), tuple(offsets), tuple(sizes), tuple(t.stride(0) for t in terms),
-                SPLITS=tuple(map(len, terms)), BLOCK=TILES.block_k, num_warps=TILES.num_warps,
+            total_kernel[(plan.blocks,)](
+                tuple(terms), tuple([made[i] for i in plan.groups]), plan.offsets, plan.sizes,
+                tuple([t.stride(0) for t in terms]), SPLITS=plan.splits, BLOCK=TILES.block_k, num_warps=TILES.num_warps,
             )  # fmt: skip
     return made
+
+
+class _Plan(NamedTuple):
+    """What follows from the shapes of groups alone."""
+
+    shapes: list[torch.Size]
+    """Of each group's result."""
+    groups: list[int]
+    """Of each tensor, the group it belongs to; the others likewise."""
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    splits: tuple[int, ...]
+    blocks: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(groups: tuple[tuple[torch.Size, ...], ...]) -> _Plan:
+    shapes, members, offsets, sizes, splits = [], [], [], [], []
+    for i, group in enumerate(groups):
+        shapes.append(torch.Size([sum(shape[1] for shape in group), *group[0][2:]]))
+        offset = 0
+        for shape in group:
+            members.append(i)
+            offsets.append(offset)
+            sizes.append(shape[1:].numel())
+            splits.append(shape[0])
+            offset += sizes[-1]
+    blocks = sum(cdiv(n, TILES.block_k) for n in sizes)
+    return _Plan(shapes, members, tuple(offsets), tuple(sizes), tuple(splits), blocks)
 
 
 def joined(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
     """The tensors (M_i, N) of each group below one another, contiguous, in ``dtype``: cast and moved by one launch. One
     alone that is so already is itself."""
-    made = [group[0] if len(group) == 1 and group[0].dtype == dtype else None for group in groups]
-    left = [[one.contiguous().unsqueeze(0) for one in group] for group, one in zip(groups, made, strict=True) if one is None]
-    ready = iter(totals(left, [dtype] * len(left)) if left else ())
-    return [next(ready) if one is None else one.contiguous() for one in made]
+    there = [len(group) == 1 and group[0].dtype == dtype for group in groups]
+    sources = [[t.contiguous()[None] for t in group] for group, one in zip(groups, there, strict=True) if not one]
+    made = iter(totals(sources, [dtype] * len(sources)) if sources else ())
+    return [group[0].contiguous() if one else next(made) for group, one in zip(groups, there, strict=True)]
 
 
 def compile_cases(_: Capability) -> Iterator[Case]:

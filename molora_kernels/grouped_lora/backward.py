@@ -292,8 +292,8 @@ def input_grad(
     dropout_p: float,
     stream: int,
 ) -> Tensor:
-    """dropout(ds @ a) + dlogits @ router, (T, K) in ds's dtype: what base projections then add to. dlogits and router are
-    fp32, or both planes of it where ``tiles.as_planes``."""
+    """dropout(ds @ a) + dlogits @ router, (T, K) in ds's dtype: what base projections then add to. dlogits and router
+    are fp32, or both planes of it where ``tiles.as_planes``."""
     (T, P), K = ds_TP.shape, a_PK.shape[1]
     Q = 0 if dlogits_TQ is None else dlogits_TQ.shape[-1]
     q_padded = tiles.padded_logits(Q, ds_TP.dtype) if tiles.as_planes(Q, ds_TP.dtype) else tiles.MIN_DOT

@@ -88,7 +88,7 @@ def mlp_block(
     x, weights = autocast.follow(x, [p.weight for p in (gate, up, down)])
     projections = [p._replace(weight=w) for p, w in zip((gate, up, down), weights, strict=True)]
     _check(x, projections, routers, top_k, mask, dropout_p, dropout_seed)
-    biases = _all_or_none([p.bias for p in projections], [p.weight[:, 0] for p in projections])
+    biases = _all_or_none([p.bias for p in projections], [p.weight for p in projections])
     x = x.reshape(-1, x.shape[-1])
     args = (
         x,
@@ -97,8 +97,8 @@ def mlp_block(
         [p.lora_a for p in projections],
         [p.lora_b for p in projections],
         [r.weight for r in routers],
-        _all_or_none([r.bias for r in routers], [r.weight[:, 0] for r in routers]),
-        _all_or_none([r.selection_bias for r in routers], [r.weight[:, 0] for r in routers]),
+        _all_or_none([r.bias for r in routers], [r.weight for r in routers]),
+        _all_or_none([r.selection_bias for r in routers], [r.weight for r in routers]),
         None if mask is None else mask.reshape(-1),
         dropout_seed,
         top_k,
@@ -117,11 +117,11 @@ def mlp_block(
     return MlpOutput(y.view(*leading, y.shape[-1]), sums, counts.detach(), each)
 
 
-def _all_or_none(given: list[Tensor | None], like: list[Tensor]) -> list[Tensor]:
-    """An empty list if nothing is given, else all, with zeros shaped like ``like`` where one is absent."""
+def _all_or_none(given: list[Tensor | None], weights: list[Tensor]) -> list[Tensor]:
+    """An empty list if nothing is given, else all, with zeros, one for each row of its weight, where one is absent."""
     if all(t is None for t in given):
         return []
-    return [shape.detach().new_zeros(shape.shape) if t is None else t for t, shape in zip(given, like, strict=True)]
+    return [w.detach().new_zeros(w.shape[0]) if t is None else t for t, w in zip(given, weights, strict=True)]
 
 
 def _check(

@@ -123,10 +123,11 @@ def backward(
         dx = gate_up.input_grad(ds, columns)
         dx.addmm_(dh_gate, weights[0]).addmm_(dh_up, weights[1])
 
-    terms = [*of_in.a, *of_down.a, *of_in.b, *of_down.b, *of_in.routers, *of_down.routers]
-    masters = [*lora_a, *lora_b] if need_dlora else []
-    found = totals([[one] for one in terms], [*(m.dtype for m in masters), *(torch.float32 for _ in terms[len(masters) :])])
-    da, db, drouters = found[: len(masters) // 2], found[len(masters) // 2 : len(masters)], found[len(masters) :]
+    of_lora = [*of_in.a, *of_down.a, *of_in.b, *of_down.b]
+    of_routers = [*of_in.routers, *of_down.routers]
+    dtypes = [t.dtype for t in (*lora_a, *lora_b)][: len(of_lora)] + [torch.float32] * len(of_routers)
+    found = totals([[one] for one in (*of_lora, *of_routers)], dtypes)
+    da, db, drouters = found[: len(of_lora) // 2], found[len(of_lora) // 2 : len(of_lora)], found[len(of_lora) :]
     if not need_drouter:
         return dx, da, db, [], []
     of_biases = [*dlogits_in.unbind(-2), *(dlogits_down.unbind(-2) if own_router else ())]
