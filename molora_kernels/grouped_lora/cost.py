@@ -39,7 +39,7 @@ def forward(
     G, outputs, R = len(N), sum(N), P // len(N)
     C = P if top_k is None else P // experts * top_k
     shrink = itemsize * ((1 if top_k is None else G) * T * K + P * K + T * C)
-    gate = itemsize * 2 * T * C + 4 * T * heads * (experts if top_k is None else top_k)
+    gate = itemsize * 2 * T * C + 4 * T * heads * (experts if top_k is None else top_k) if heads else 0
     expand = itemsize * (T * C + R * outputs + 2 * T * outputs)  # y is written, then read by the base projection
     return Cost(
         base_flops=2 * T * K * outputs,
@@ -68,8 +68,10 @@ def backward(
     # Rows of x and dy that the weight gradients read; rows of dx that are written, or read to be added to.
     x_rows, dy_rows, dx_rows = (1, 1, 2) if top_k is None else (G * top_k, top_k, 2 * G)
     unexpand = itemsize * (T * outputs + R * outputs + T * C)
-    gate = itemsize * (2 + need_dlora + (need_dx or need_dlora)) * T * C
-    gate += 8 * T * heads * (experts if top_k is None else top_k)
+    gate = 0  # without gates the scaling is in the products
+    if heads:
+        gate = itemsize * (2 + need_dlora + (need_dx or need_dlora)) * T * C
+        gate += 8 * T * heads * (experts if top_k is None else top_k)
     weights = itemsize * (x_rows * T * K + dy_rows * T * outputs + 2 * T * C) + 4 * (P * K + R * outputs)
     inputs = itemsize * (T * C + P * K + dx_rows * T * K)
     shrink_flops, expand_flops = 2 * T * C * K, 2 * T * C // G * outputs

@@ -195,3 +195,5 @@ def test_cost_counts_every_product() -> None:
     assert backward.base_flops == forward.base_flops
     assert backward.adapter_flops == 2 * forward.adapter_flops
     assert cost.backward(T, K, N, P, heads=2, experts=4, need_dlora=False).adapter_flops == forward.adapter_flops
+    gated, plain = (cost.backward(T, K, N, P, heads=heads).adapter_bytes for heads in (2, 0))
+    assert gated - plain == 2 * 4 * T * P + 8 * T * 2  # a plain LoRA makes no pass over the shrink
