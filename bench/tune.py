@@ -65,14 +65,12 @@ def _gates(shape: Shape, heads: int = 1) -> Tensor:
 def _route_and_shrink(features: str, projections: int) -> Callable[[Shape], Callable[[], Any]]:
     def prepare(shape: Shape) -> Callable[[], Any]:
         from molora_kernels.grouped_lora import forward
-        from molora_kernels.router.forward import new_sums
 
         K, P = getattr(shape, features), projections * shape.experts * shape.rank
         x, a = _normal(shape, shape.tokens, K), _normal(shape, P, K)
         weight = _split(_normal(shape, projections * shape.experts, K, dtype=torch.float32))
         routers = forward.Routers(weight, None, None, None, shape.top_k)
-        out = new_sums(x, projections, shape.experts)
-        return lambda: forward.route_and_shrink(x, a, routers, *_drop(shape), out)[0]
+        return lambda: forward.route_and_shrink(x, a, routers, projections, shape.experts, *_drop(shape))[0]
 
     return prepare
 

@@ -26,7 +26,6 @@ from molora_kernels._triton.routing import choose, gates_of, softmax, sums_of
 from molora_kernels._triton.tiles import Capability, capability_of, cdiv, launching_on
 from molora_kernels._triton.total import joined
 from molora_kernels.grouped_lora import gating, portable, tiles
-from molora_kernels.router.forward import add_up
 
 
 @triton.jit
@@ -173,23 +172,24 @@ class Routed(NamedTuple):
     """(T, H, E) fp32"""
     logits: Tensor
     """(T, H, E) fp32"""
+    partials: Tensor
+    """(blocks, H, 1 + 2E) fp32: what each block of rows contributes to the sums and counts"""
 
 
 def route_and_shrink(
     x_TK: Tensor,
     a_PK: Tensor,
     routers: Routers,
+    heads: int,
+    experts: int,
     dropout_seed: Tensor | None,
     dropout_p: float,
     stream: int,
-    out: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Routed]:
-    """The shrink and what the routers say of x itself, in one pass over x; only where ``tiles.rides_along``. Their sums
-    (H, 1 + E) and counts (H, E) in ``out``."""
-    s, gates, logits, partials = _shrink(x_TK, a_PK, dropout_seed, dropout_p, stream, routers, *out[1].shape)
-    assert gates is not None and logits is not None and partials is not None
-    add_up(partials, out)
-    return s, Routed(gates, logits)
+    """The shrink and what the routers say of x itself, in one pass over x; only where ``tiles.rides_along``."""
+    s, routed = _shrink(x_TK, a_PK, dropout_seed, dropout_p, stream, routers, heads, experts)
+    assert routed is not None
+    return s, routed
 
 
 def _shrink(
@@ -201,8 +201,7 @@ def _shrink(
     routers: Routers | None = None,
     H: int = 0,
     E: int = 1,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The shrink, and of H routers gates, logits and each block of rows' share of their sums."""
+) -> tuple[Tensor, Routed | None]:
     (T, K), P = x_TK.shape, a_PK.shape[0]
     heads, experts = tiles.padded_experts(H, E)
     Q = heads * experts if routers else 0
@@ -225,7 +224,7 @@ def _shrink(
                 BLOCK_T=tile.block_t, BLOCK_P=tile.block_n, BLOCK_K=tile.block_k,
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
-    return s, gates, logits, partials
+    return s, Routed(gates, logits, partials) if gates is not None else None
 
 
 def expand(

@@ -8,7 +8,7 @@ shrink of G projections.
 # (Triton types a launch as a plain call of the kernel: it knows neither num_warps nor that constexpr takes an int.)
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -77,10 +77,10 @@ def forward(
 
     def project(
         x: Tensor, part: slice, stream: int, shared: Tensor | None
-    ) -> tuple[list[Tensor], Tensor, grouped_lora.Routed | None]:
-        """Outputs, shrink, and what the part's own routers say; where it has none, the shared gates apply."""
+    ) -> tuple[list[Tensor], Tensor, Sequence[Tensor]]:
+        """Outputs, shrink, gates and logits of the part's own routers; where it has none, the shared gates apply."""
         frozen, drop = (x, weights[part], biases[part]), (dropout_seed, dropout_p, stream)
-        own, s, a = None, None, a_in if stream == 0 else a_down
+        own, s, a = (), None, a_in if stream == 0 else a_down
         if router_weights[part]:
             rides = stream in ridden
             weight = ridden[stream] if rides else stacked(router_weights[part])
@@ -88,10 +88,12 @@ def forward(
             routers = grouped_lora.Routers(weight, bias, selection, mask, top_k)
             out = sums[part], counts[part]
             if rides:
-                s, own = grouped_lora.route_and_shrink(x, a, routers, *drop, out)
+                heads, experts = out[1].shape
+                s, (*own, partials) = grouped_lora.route_and_shrink(x, a, routers, heads, experts, *drop)
+                router.add_up(partials, out)
             else:
-                own = grouped_lora.Routed(*router.forward(x, *routers, out)[:2])
-        gates = own.gates if own else shared
+                own = router.forward(x, *routers, out)[:2]
+        gates = own[0] if own else shared
         if form == "grouped":
             lists = (*frozen, list(a.chunk(len(frozen[1]))), b[part])
             return *grouped.forward(*lists, gates, dropout_seed, scaling, dropout_p, stream, top_k), own
@@ -108,7 +110,7 @@ def forward(
     ridden = dict(zip(parts, planes(list(parts.values())), strict=True))
 
     (h_gate, h_up), s_in, routed_in = project(x_TK, IN, 0, None)
-    (y,), s_down, routed_down = project(swiglu(h_gate, h_up), DOWN, 1, routed_in and routed_in.gates)
+    (y,), s_down, routed_down = project(swiglu(h_gate, h_up), DOWN, 1, routed_in[0] if routed_in else None)
     routed = [t for r in (routed_in, routed_down) for t in r or (x_TK.new_empty(0), x_TK.new_empty(0))]
     return y, sums, counts, [h_gate, h_up, s_in, s_down, *routed]
 
