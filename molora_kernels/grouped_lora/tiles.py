@@ -97,8 +97,11 @@ def weight_tiles(P: int, Q: int, dtype: torch.dtype, capability: Capability) -> 
     if dtype == torch.float16 and (Q > MIN_DOT or (Q and block_p == MAX_P)):
         block_k = 32
     staged = _staged(32, block_k, block_p, 4 * Q, 8 if block_k * block_p > 64 * 128 else 4, capability)
-    # A fourth stage of the most logits spills on sm_80.
-    return replace(staged, num_stages=min(staged.num_stages, 3)) if Q > 32 else staged
+    if Q > 32:  # a fourth stage of the most logits spills on sm_80
+        return replace(staged, num_stages=min(staged.num_stages, 3))
+    if not Q and block_p == MAX_P and capability in ((8, 6), (8, 9)):  # three spill in dB of two projections
+        return replace(staged, num_stages=4)
+    return staged
 
 
 @functools.cache
