@@ -193,11 +193,11 @@ class _Alive(TorchDispatchMode):
 
 
 def _inside(func: Any, args: Any) -> int:
-    """Bytes that the MLP block makes and frees within one call: the intermediate in forward; it, its gradient and
-    that of one of its factors in backward (``molora_kernels/mlp_block``). On a CPU dropout and sorted tokens take one
-    to four more for a moment, which are not counted."""
+    """Bytes that the MLP block makes and frees within one call: the intermediate in the forward of the grouped form;
+    it, its gradient and that of one of its factors in backward (``molora_kernels/mlp_block``). On a CPU dropout and
+    sorted tokens take one to four more for a moment, which are not counted."""
     name = func._schema.name
-    if name == "molora::mlp_block_fwd":
+    if name == "molora::mlp_block_fwd" and args[-1] == "grouped":
         return args[0].shape[0] * args[1][0].shape[0] * args[0].itemsize
     if name == "molora::mlp_block_bwd":
         return 3 * args[2].shape[0] * args[3][0].shape[0] * args[2].itemsize

@@ -38,9 +38,9 @@ class Operator:
         flat, lengths = _flatten(arguments)
         if not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat)):
             return self.body(*arguments)
-        given: list[list[int | None]] = []  # how the results were nested, which apply gives back flat
+        given: list[list[int | None] | None] = []  # how the results were nested, which apply gives back flat
         results = _Node.apply(self, lengths, given, *flat)
-        return tuple(_nest(results, given[0]))
+        return results[0] if given[0] is None else tuple(_nest(results, given[0]))
 
 
 def is_plain(x: Tensor) -> bool:
@@ -59,13 +59,14 @@ def is_plain(x: Tensor) -> bool:
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] # of no arguments, as PyTorch types it
-        ctx: Any, operator: Operator, lengths: list[int | None], given: list[list[int | None]], *flat: Any
+        ctx: Any, operator: Operator, lengths: list[int | None], given: list[list[int | None] | None], *flat: Any
     ) -> tuple[Any, ...]:
         arguments = _nest(flat, lengths)
         results = operator.body(*arguments)
         operator.setup_context(ctx, arguments, results)
-        made, ctx.results = _flatten(results)
-        given.append(ctx.results)
+        alone = isinstance(results, Tensor)
+        made, ctx.results = _flatten([results] if alone else results)
+        given.append(None if alone else ctx.results)
         ctx.operator, ctx.lengths = operator, lengths
         return tuple(made)
 

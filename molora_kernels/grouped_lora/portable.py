@@ -29,11 +29,28 @@ def forward(
     stream: int,
 ) -> tuple[list[Tensor], Tensor]:
     """One (T, N) output per projection, and the ungated shrink s (T, G * R) that backward needs."""
-    dtype, dropout = x_TK.dtype, Dropout(dropout_seed, dropout_p, stream)
-    a_RK = joined(lora_a_RK, dtype, survivor_scale(dropout_p))
-    s = torch.mm(dropout.dropped(x_TK), a_RK.T, out=workspace.lasting(x_TK, len(x_TK), len(a_RK)))
-    groups = len(lora_b_NR)
-    gated = gate(s, gates_THE, groups, scaling)
+    s = shrink(x_TK, lora_a_RK, Dropout(dropout_seed, dropout_p, stream))
+    return expand(x_TK, weights_NK, biases_N, lora_b_NR, s, gates_THE, scaling), s
+
+
+def shrink(x_TK: Tensor, lora_a_RK: list[Tensor], dropout: Dropout) -> Tensor:
+    """The ungated shrink s (T, G * R), to be returned or saved."""
+    a_RK = joined(lora_a_RK, x_TK.dtype, survivor_scale(dropout.p))
+    return torch.mm(dropout.dropped(x_TK), a_RK.T, out=workspace.lasting(x_TK, len(x_TK), len(a_RK)))
+
+
+def expand(
+    x_TK: Tensor,
+    weights_NK: list[Tensor],
+    biases_N: list[Tensor],
+    lora_b_NR: list[Tensor],
+    s_TGR: Tensor,
+    gates_THE: Tensor | None,
+    scaling: float,
+) -> list[Tensor]:
+    """One (T, N) output per projection."""
+    dtype, groups = x_TK.dtype, len(lora_b_NR)
+    gated = gate(s_TGR, gates_THE, groups, scaling)
     outputs = []
     for g, b in enumerate(lora_b_NR):
         part, b_RN = _part(gated, g, groups), workspace.cast(b, dtype).T
@@ -45,7 +62,7 @@ def forward(
         else:
             torch.addmm(biases_N[g], x_TK, weights_NK[g].T, out=y).addmm_(part, b_RN)
         outputs.append(y)
-    return outputs, s
+    return outputs
 
 
 @workspace.scope()

@@ -88,12 +88,12 @@ def mlp_block(
     x, weights = autocast.follow(x, [p.weight for p in (gate, up, down)])
     projections = [p._replace(weight=w) for p, w in zip((gate, up, down), weights, strict=True)]
     _check(x, projections, routers, top_k, mask, dropout_p, dropout_seed)
-    biases = _all_or_none([p.bias for p in projections], [p.weight for p in projections])
+    biases = autocast.follow(x, _all_or_none([p.bias for p in projections], weights))[1]
     x = x.reshape(-1, x.shape[-1])
     args = (
         x,
         weights,
-        autocast.follow(x, biases)[1],
+        biases,
         [p.lora_a for p in projections],
         [p.lora_b for p in projections],
         [r.weight for r in routers],
@@ -111,7 +111,10 @@ def mlp_block(
         else:
             experts = routers[0].weight.shape[0] if routers else 1
             form = dispatch.form_for(x, experts, top_k, gate.lora_a.shape[0] // experts)
-            y, sums, counts, saved = op.mlp_block(*args, form)
+            y, sums, counts, saved, h = op.mlp_block(*args, form)
+            if form == "dense":
+                bias = biases[2] if biases else None
+                y = op.down(y, h, *op.of_down(saved), weights[2], bias, down.lora_b, scaling)
             gates = op.gates_of(saved)
     each = tuple(g.detach().view(*leading, g.shape[-1]) for routed in gates for g in routed.unbind(1))
     return MlpOutput(y.view(*leading, y.shape[-1]), sums, counts.detach(), each)

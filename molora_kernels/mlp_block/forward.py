@@ -57,8 +57,8 @@ def forward(
     dropout_p: float,
     form: str = "dense",
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """y, sums, counts, and what backward needs: [h_gate, h_up, s_in, s_down, gates_in, logits_in, gates_down,
-    logits_down], of which the gates and logits are empty where there is no such router."""
+    """y, or h in the dense form, for :func:`down`; sums, counts, and what backward needs: [h_gate, h_up, s_in, s_down,
+    gates_in, logits_in, gates_down, logits_down], of which gates and logits are empty where there is no such router."""
     if x_TK.dtype == torch.float64:  # tensor cores stop at fp32; fp64 is for checking gradients
         return portable.forward(
             x_TK, weights, biases, lora_a, lora_b, router_weights, router_biases, selection_biases, mask_T,
@@ -75,12 +75,10 @@ def forward(
         heads, experts = tiles.padded_experts(len(router_weights[part]), len(router_weights[0]))
         return tiles.rides_along(sum(map(len, lora_a[part])), heads * experts, x_TK.dtype)
 
-    def project(
-        x: Tensor, part: slice, stream: int, shared: Tensor | None
-    ) -> tuple[list[Tensor], Tensor, Sequence[Tensor]]:
-        """Outputs, shrink, gates and logits of the part's own routers; where it has none, the shared gates apply."""
-        frozen, drop = (x, weights[part], biases[part]), (dropout_seed, dropout_p, stream)
-        own, s, a = (), None, a_in if stream == 0 else a_down
+    def route(x: Tensor, part: slice, stream: int) -> tuple[Tensor | None, Sequence[Tensor]]:
+        """The shrink in the dense form; gates and logits of the part's own routers, if there are any."""
+        a, drop = a_in if stream == 0 else a_down, (dropout_seed, dropout_p, stream)
+        s, own = None, ()
         if router_weights[part]:
             rides = stream in ridden
             weight = ridden[stream] if rides else stacked(router_weights[part])
@@ -93,15 +91,17 @@ def forward(
                 router.add_up(partials, out)
             else:
                 own = router.forward(x, *routers, out)[:2]
-        gates = own[0] if own else shared
-        if form == "grouped":
-            lists = (*frozen, list(a.chunk(len(frozen[1]))), b[part])
-            return *grouped.forward(*lists, gates, dropout_seed, scaling, dropout_p, stream, top_k), own
-        s = grouped_lora.shrink(x, a, *drop) if s is None else s
-        return grouped_lora.expand(*frozen, b[part], s, gates, scaling), s, own
+        return grouped_lora.shrink(x, a, *drop) if form == "dense" and s is None else s, own
+
+    def by_set(
+        x: Tensor, part: slice, stream: int, a: list[Tensor], gates: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
+        lists = (weights[part], biases[part], a, b[part])
+        return grouped.forward(x, *lists, gates, dropout_seed, scaling, dropout_p, stream, top_k)
 
     x_TK, mask = grouped_lora.rows_contiguous(x_TK), router.flags(mask_T)
-    a_in, a_down, *b = joined([lora_a[:2], lora_a[2:], *([b] for b in lora_b)], x_TK.dtype)
+    of_b = lora_b if form == "grouped" else lora_b[IN]
+    a_in, a_down, *b = joined([lora_a[IN], lora_a[DOWN], *([b] for b in of_b)], x_TK.dtype)
     if router_weights:
         sums, counts = router.new_sums(x_TK, len(router_weights), len(router_weights[0]))
     else:
@@ -109,10 +109,35 @@ def forward(
     parts = {stream: router_weights[part] for stream, part in enumerate((IN, DOWN)) if rides_along(part)}
     ridden = dict(zip(parts, planes(list(parts.values())), strict=True))
 
-    (h_gate, h_up), s_in, routed_in = project(x_TK, IN, 0, None)
-    (y,), s_down, routed_down = project(swiglu(h_gate, h_up), DOWN, 1, routed_in[0] if routed_in else None)
-    routed = [t for r in (routed_in, routed_down) for t in r or (x_TK.new_empty(0), x_TK.new_empty(0))]
-    return y, sums, counts, [h_gate, h_up, s_in, s_down, *routed]
+    s_in, own_in = route(x_TK, IN, 0)
+    gates_in = own_in[0] if own_in else None
+    if s_in is None:
+        (h_gate, h_up), s_in = by_set(x_TK, IN, 0, list(a_in.chunk(2)), gates_in)
+    else:
+        h_gate, h_up = grouped_lora.expand(x_TK, weights[IN], biases[IN], b, s_in, gates_in, scaling)
+    found = swiglu(h_gate, h_up)
+    s_down, own_down = route(found, DOWN, 1)
+    if s_down is None:
+        (found,), s_down = by_set(found, DOWN, 1, [a_down], own_down[0] if own_down else gates_in)
+    routed = [t for own in (own_in, own_down) for t in own or (x_TK.new_empty(0), x_TK.new_empty(0))]
+    return found, sums, counts, [h_gate, h_up, s_in, s_down, *routed]
+
+
+def down(
+    h_TI: Tensor,
+    s_TR: Tensor,
+    gates_THE: Tensor | None,
+    weight_KI: Tensor,
+    bias_K: Tensor | None,
+    lora_b_KR: Tensor,
+    scaling: float,
+) -> Tensor:
+    """y of the dense form."""
+    if h_TI.dtype == torch.float64:  # as in forward
+        return portable.down(h_TI, s_TR, gates_THE, weight_KI, bias_K, lora_b_KR, scaling)
+    biases = [] if bias_K is None else [bias_K]
+    b = joined([[lora_b_KR]], h_TI.dtype)
+    return grouped_lora.expand(h_TI, [weight_KI], biases, b, s_TR, gates_THE, scaling)[0]
 
 
 def swiglu(h_gate_TI: Tensor, h_up_TI: Tensor) -> Tensor:

@@ -1,4 +1,9 @@
-"""The SwiGLU block with routed experts as PyTorch operators: schemas, fakes and the autograd formula."""
+"""The SwiGLU block with routed experts as PyTorch operators: schemas, fakes and the autograd formula.
+
+Dense, y is an operator of its own, ``mlp_block_down``, that saves nothing and hands its gradient on as it is; all of
+backward is the first operator's. So activation checkpointing, which stops recomputing when it has what was saved, does
+not compute y again, as it does not for a frozen block.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +33,22 @@ def _mlp_block_fwd(
     scaling: float,
     dropout_p: float,
     form: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """(y, sums, counts, what backward needs)"""
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
+    """(y, sums, counts, what backward needs, nothing); dense, a stand-in for y with its gradient, and last h"""
     args = (x, weights, biases, lora_a, lora_b, router_weights, router_biases, selection_biases, mask, dropout_seed)
     if backend_for(x.device) == "triton":
         from molora_kernels.mlp_block import forward
 
-        return forward.forward(*args, top_k, scaling, dropout_p, form)
-    return portable.forward(*args, top_k, scaling, dropout_p, form)
+        found, sums, counts, saved = forward.forward(*args, top_k, scaling, dropout_p, form)
+    else:
+        found, sums, counts, saved = portable.forward(*args, top_k, scaling, dropout_p, form)
+    y, h = (_stand_in(x, weights), found) if form == "dense" else (found, x.new_empty(0))
+    return y, sums, counts, saved, h
+
+
+def _stand_in(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """Of y's shape and one element's memory."""
+    return x.new_zeros(1).expand(x.shape[0], weights[2].shape[0])
 
 
 mlp_block_fwd = torch.library.custom_op("molora::mlp_block_fwd", _mlp_block_fwd, mutates_args=())
@@ -57,16 +70,19 @@ def _(
     scaling: float,
     dropout_p: float,
     form: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     tokens, heads = x.shape[0], len(router_weights)
     dtype = torch.promote_types(torch.float32, x.dtype)
-    y = x.new_empty(tokens, weights[2].shape[0])
+    if form == "dense":
+        y, h = _stand_in(x, weights), x.new_empty(tokens, weights[0].shape[0])
+    else:
+        y, h = x.new_empty(tokens, weights[2].shape[0]), x.new_empty(0)
     pre = [x.new_empty(tokens, weights[i].shape[0]) for i in (0, 1)]
     ranks = [a.shape[0] if form == "dense" else a.shape[0] // router_weights[0].shape[0] * top_k for a in lora_a]
     shrunk = [x.new_empty(tokens, 2 * ranks[0]), x.new_empty(tokens, ranks[2])]
     if not heads:
         sums, counts = portable.no_routing(x)
-        return y, sums, counts, [*pre, *shrunk, *(x.new_empty(0) for _ in range(4))]
+        return y, sums, counts, [*pre, *shrunk, *(x.new_empty(0) for _ in range(4))], h
     experts = router_weights[0].shape[0]
 
     def routed(h: int) -> list[Tensor]:
@@ -78,12 +94,19 @@ def _(
         sums,
         x.new_empty(heads, experts, dtype=dtype),
         [*pre, *shrunk, *routed(min(heads, 2)), *routed(heads // 3)],
+        h,
     )
 
 
 def gates_of(saved: list[Tensor]) -> list[Tensor]:
     """Of what the forward saved, the gates (T, H, E) of gate and up, and of down; none without routers."""
     return [gates for gates in (saved[4], saved[6]) if gates.ndim == 3]
+
+
+def of_down(saved: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Likewise the shrink of down and the gates that it has, its own or those that gate and up have too."""
+    gates = gates_of(saved)
+    return saved[3], gates[-1] if gates else None
 
 
 def _mlp_block_bwd(
@@ -153,14 +176,14 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     (x, weights, biases, lora_a, lora_b, router_weights, router_biases, selection_biases, mask, dropout_seed,
      *ctx.settings) = inputs  # fmt: skip
-    *_, saved = output
+    *_, saved, _ = output
     ctx.counts = len(biases), len(router_weights), len(router_biases), len(selection_biases)
     ctx.save_for_backward(x, *weights, *lora_a, *lora_b, *router_weights, mask, dropout_seed, *saved)
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, dy: Tensor | None, dsums: Tensor | None, _dcounts: None, _dsaved: list[None]
+    ctx: Any, dy: Tensor | None, dsums: Tensor | None, _dcounts: None, _dsaved: list[None], _dh: None
 ) -> tuple[Any, ...]:
     biases, routers, router_biases, selection_biases = ctx.counts
     x, *rest = ctx.saved_tensors
@@ -192,3 +215,51 @@ def _backward(
 
 mlp_block_fwd.register_autograd(_backward, setup_context=_setup_context)
 mlp_block = Operator(mlp_block_fwd, _mlp_block_fwd, _setup_context, _backward)
+
+
+def _mlp_block_down(
+    stand_in: Tensor,
+    h: Tensor,
+    s: Tensor,
+    gates: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_b: Tensor,
+    scaling: float,
+) -> Tensor:
+    """y = h W^T + b + scaling * (gates * s) B^T, whose gradient is the stand-in's"""
+    args = (h, s, gates, weight, bias, lora_b, scaling)
+    if backend_for(h.device) == "triton":
+        from molora_kernels.mlp_block import forward
+
+        return forward.down(*args)
+    return portable.down(*args)
+
+
+mlp_block_down = torch.library.custom_op("molora::mlp_block_down", _mlp_block_down, mutates_args=())
+
+
+@mlp_block_down.register_fake
+def _(
+    stand_in: Tensor,
+    h: Tensor,
+    s: Tensor,
+    gates: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_b: Tensor,
+    scaling: float,
+) -> Tensor:
+    return h.new_empty(h.shape[0], weight.shape[0])
+
+
+def _setup_down(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.set_materialize_grads(False)
+
+
+def _backward_down(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    return dy, *(None,) * 7
+
+
+mlp_block_down.register_autograd(_backward_down, setup_context=_setup_down)
+down = Operator(mlp_block_down, _mlp_block_down, _setup_down, _backward_down)

@@ -39,8 +39,8 @@ def forward(
     dropout_p: float,
     form: str = "dense",
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """y, sums, counts, and what backward needs: [h_gate, h_up, s_in, s_down, gates_in, logits_in, gates_down,
-    logits_down], of which the gates and logits are empty where there is no such router."""
+    """y, or h in the dense form, for :func:`down`; sums, counts, and what backward needs: [h_gate, h_up, s_in, s_down,
+    gates_in, logits_in, gates_down, logits_down], of which gates and logits are empty where there is no such router."""
     if form == "grouped" and sorted_by_set(router_weights[0].shape[0], top_k):
         return by_set.forward(
             x_TK, weights, biases, lora_a, lora_b, router_weights, router_biases, selection_biases, mask_T,
@@ -60,17 +60,35 @@ def forward(
     (h_gate, h_up), s_in = project(
         x_TK, weights[:2], biases[:2], lora_a[:2], lora_b[:2], gates_in, dropout_seed, scaling, dropout_p, 0
     )
-    h = workspace.empty(h_gate, *h_gate.shape)
+    h = (workspace.lasting if form == "dense" else workspace.empty)(h_gate, *h_gate.shape)
     _swiglu(h_gate, h_up, h)
     if len(router_weights) == 3:
         gates_down, logits_down, sums_down, counts_down = route(h, slice(2, 3))
         sums, counts = torch.cat([sums, sums_down]), torch.cat([counts, counts_down])
-    (y,), s_down = project(
-        h, weights[2:], biases[2:], lora_a[2:], lora_b[2:], gates_in if gates_down is None else gates_down,
-        dropout_seed, scaling, dropout_p, 1,
-    )  # fmt: skip
+    if form == "dense":
+        found, s_down = h, portable.shrink(h, lora_a[2:], Dropout(dropout_seed, dropout_p, stream=1))
+    else:
+        (found,), s_down = project(
+            h, weights[2:], biases[2:], lora_a[2:], lora_b[2:], gates_in if gates_down is None else gates_down,
+            dropout_seed, scaling, dropout_p, 1,
+        )  # fmt: skip
     routed = [x_TK.new_empty(0) if t is None else t for t in (gates_in, logits_in, gates_down, logits_down)]
-    return y, sums, counts, [h_gate, h_up, s_in, s_down, *routed]
+    return found, sums, counts, [h_gate, h_up, s_in, s_down, *routed]
+
+
+@workspace.scope()
+def down(
+    h_TI: Tensor,
+    s_TR: Tensor,
+    gates_THE: Tensor | None,
+    weight_KI: Tensor,
+    bias_K: Tensor | None,
+    lora_b_KR: Tensor,
+    scaling: float,
+) -> Tensor:
+    """y of the dense form."""
+    biases = [] if bias_K is None else [bias_K]
+    return portable.expand(h_TI, [weight_KI], biases, [lora_b_KR], s_TR, gates_THE, scaling)[0]
 
 
 @workspace.scope()

@@ -85,6 +85,8 @@ def test_everything_is_made_on_the_device_of_the_input(form: str, E: int, H: int
         y, *_, saved = portable.forward(
             i.x, i.weights, i.biases, *adapters, i.router_biases, i.selection_biases, *settings, form
         )
+        if form == "dense":
+            y = portable.down(y, *op.of_down(saved), i.weights[2], i.biases[2], i.lora_b[2], 2.0)
         dx, *_ = portable.backward(i.dy, i.dsums, i.x, i.weights, *adapters, saved, *settings, True, True, True, form)
     assert y.isfinite().all() and dx.isfinite().all()
 
@@ -116,6 +118,29 @@ def test_operator(H: int, form: str) -> None:
         i.dropout_seed, 1, 2.0, case.p, form,
     )  # fmt: skip
     torch.library.opcheck(op.mlp_block_fwd, arguments)
+    if form == "dense":
+        with torch.no_grad():  # only the stand-in has a gradient here, all else has it from the first operator
+            y, *_, saved, h = op.mlp_block_fwd(*arguments)
+            rest = (i.weights[2], i.biases[2] if i.biases else None, i.lora_b[2].detach(), 2.0)
+        torch.library.opcheck(op.mlp_block_down, (y.requires_grad_(), h, *op.of_down(saved), *rest))
+
+
+@pytest.mark.parametrize(("use_reentrant", "again"), [(False, 0), (True, 1)])
+def test_what_is_recomputed_stops_before_down(use_reentrant: bool, again: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a frozen block, whose last product saves nothing either."""
+    i = mlp_inputs(SMALL)
+    leaves = [t.requires_grad_() for t in (i.x, *i.lora_a, *i.lora_b, *i.router_weights)]
+    calls: list[int] = []
+    down = portable.down
+    monkeypatch.setattr(portable, "down", lambda *args: (calls.append(1), down(*args))[1])
+    with use_backend("torch"), use_form("dense"):
+        plain = torch.autograd.grad(block_of(i, SMALL, i.x)[0], leaves, i.dy)
+        calls.clear()
+        y = checkpoint(lambda x: block_of(i, SMALL, x)[0], i.x, use_reentrant=use_reentrant)
+        y.backward(i.dy)
+    assert len(calls) == 1 + again
+    assert all(torch.equal(t.grad, grad) for t, grad in zip(leaves, plain, strict=True) if t.grad is not None)
+    assert all(t.grad is not None for t in leaves)
 
 
 @pytest.mark.parametrize("form", FORMS)
