@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -150,17 +150,25 @@ def _tasks(architectures: Iterable[str], quick: bool) -> Iterator[Task]:
         for module in KERNEL_MODULES:
             seen = set()
             for index, case in enumerate(_cases(module, arch)):
-                kind = (case.kernel.__name__, str(sorted(case.pointers.items(), key=str)))
-                if quick and kind in seen:
+                if quick and _kind(case) in seen:
                     continue
-                seen.add(kind)
+                seen.add(_kind(case))
                 yield Task(arch, module, index, case.kernel.__name__, case.label)
 
 
 def _cases(module: str, arch: str) -> list[Any]:
+    """And of each kind, which is a kernel and the dtypes of its tensors, one for a single token: an argument of 1 is a
+    constant, with which not all compiles that does without."""
     from molora_kernels._triton.cases import distinct
 
-    return distinct(importlib.import_module(module).compile_cases(_capability(arch)))
+    cases = list(importlib.import_module(module).compile_cases(_capability(arch)))
+    kinds = {_kind(case): case for case in reversed(cases) if "T" in case.scalars}
+    ones = [replace(c, label=f"{c.label} T=1", scalars={**c.scalars, "T": 1}) for c in reversed(kinds.values())]
+    return distinct([*cases, *ones])
+
+
+def _kind(case: Any) -> tuple[str, str]:
+    return case.kernel.__name__, str(sorted(case.pointers.items(), key=str))
 
 
 def _capability(arch: str) -> tuple[int, int] | None:
@@ -241,7 +249,7 @@ def _type_of(
     """Of one pointer or number; where it is a constant, or known to be divisible, is written to the other two."""
     import torch
 
-    types = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.bool: "i1"}
+    types = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.bool: "u1"}
     types |= {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
     if isinstance(given, float):
         return "fp32"

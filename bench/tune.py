@@ -68,7 +68,8 @@ def _route_and_shrink(features: str, projections: int) -> Callable[[Shape], Call
 
         K, P = getattr(shape, features), projections * shape.experts * shape.rank
         x, a = _normal(shape, shape.tokens, K), _normal(shape, P, K)
-        weight = _split(_normal(shape, projections * shape.experts, K, dtype=torch.float32))
+        weight = _normal(shape, projections * shape.experts, K, dtype=torch.float32)
+        weight = _for_routers(weight, len(weight), x.dtype)
         routers = forward.Routers(weight, None, None, None, shape.top_k)
         return lambda: forward.route_and_shrink(x, a, routers, projections, shape.experts, *_drop(shape))[0]
 
@@ -89,10 +90,10 @@ def _weights(features: str, columns: Callable[[Shape], int], routers: int) -> Ca
     def prepare(shape: Shape) -> Callable[[], Any]:
         from molora_kernels.grouped_lora import backward
 
-        x, left = _normal(shape, shape.tokens, getattr(shape, features)), _normal(shape, shape.tokens, columns(shape))
-        dlogits = (
-            _split(_normal(shape, shape.tokens, routers * shape.experts, dtype=torch.float32)) if routers else None
-        )
+        x, left = (_normal(shape, shape.tokens, n) for n in (getattr(shape, features), columns(shape)))
+        Q, dlogits = routers * shape.experts, None
+        if Q:
+            dlogits = _for_routers(_normal(shape, shape.tokens, Q, dtype=torch.float32), Q, x.dtype)
         return lambda: backward.weight_terms(x, left, dlogits, *_drop(shape))[0].sum(0)
 
     return prepare
@@ -115,28 +116,31 @@ def _input_grad(features: str, columns: Callable[[Shape], int], routers: int) ->
 
         K, P, Q = getattr(shape, features), columns(shape), routers * shape.experts
         ds, a = _normal(shape, shape.tokens, P), _normal(shape, P, K)
-        dlogits, weight = (_split(_normal(shape, n, m, dtype=torch.float32)) for n, m in ((shape.tokens, Q), (Q, K)))
+        sizes = (shape.tokens, Q), (Q, K)
+        dlogits, weight = (_for_routers(_normal(shape, *size, dtype=torch.float32), Q, a.dtype) for size in sizes)
         return lambda: backward.input_grad(ds, a, dlogits, weight, *_drop(shape))
 
     return prepare
 
 
-def _split(x: Tensor) -> Tensor:
-    """fp32 as the planes that routers take."""
+def _for_routers(x: Tensor, Q: int, dtype: torch.dtype) -> Tensor:
+    """fp32 as products with routers of Q logits take it."""
     from molora_kernels._triton.planes import planes
+    from molora_kernels.grouped_lora import tiles
 
-    return planes([[x]])[0]
+    return planes([[x]])[0] if tiles.as_planes(Q, dtype) else x
 
 
 def _gate(projections: int, *, backward: bool) -> Callable[[Shape], Callable[[], Any]]:
     def prepare(shape: Shape) -> Callable[[], Any]:
-        from molora_kernels.grouped_lora import gating
+        from molora_kernels.grouped_lora import gating, tiles
 
         s = _normal(shape, shape.tokens, projections * shape.experts * shape.rank)
         gates, dgated = _gates(shape, projections), torch.flip(s, [0])
         if not backward:
             return lambda: gating.gate(s, gates, projections, 2.0)
-        router = gating.RouterGrads(gates.log().clamp(min=-9), None, None, None, shape.top_k)
+        as_planes = tiles.as_planes(projections * shape.experts, s.dtype)
+        router = gating.RouterGrads(gates.log().clamp(min=-9), None, None, None, shape.top_k, as_planes)
         need = dict(need_ds=True, need_gated=True, need_dgates=True)
         return lambda: gating.gate_backward(dgated, s, gates, projections, 2.0, router=router, **need)[0]
 

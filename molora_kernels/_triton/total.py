@@ -10,7 +10,6 @@ Each is a few MB at most, so that a launch for each would be most of what it cos
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -103,13 +102,19 @@ def joined(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tenso
 
 def compile_cases(_: Capability) -> Iterator[Case]:
     size = 128 * 8192
-    for dtype, (what, splits) in itertools.product(DTYPES, (("totals", (5, 2, 2)), ("joined", (1, 1, 1)))):
-        yield Case(
-            kernel=total_kernel,
-            label=f"{short(dtype)} {what}",
-            pointers=dict(p_terms=(torch.float32,) * 3, p_sums=(dtype,) * 3),
-            scalars=dict(offsets=(0, size, 0), sizes=(size,) * 3, strides=(size,) * 3),
-            constants=dict(SPLITS=splits, BLOCK=TILES.block_k),
-            tiles=TILES,
-            tensor_cores=False,
-        )
+    for dtype in DTYPES:
+        # an MLP's adapters joined; the gradients of adapters with masters of this dtype, and of its routers
+        for what, splits, sums in (
+            ("joined", (1,) * 6, (dtype,) * 6),
+            ("totals", (5, 5, 4, 2, 2, 5, 5, 5, 4), (dtype,) * 6 + (torch.float32,) * 3),
+        ):
+            yield Case(
+                kernel=total_kernel,
+                label=f"{short(dtype)} {what}",
+                pointers=dict(p_terms=(torch.float32,) * len(sums), p_sums=sums),
+                scalars=dict(offsets=(0, size) + (0,) * (len(sums) - 2))
+                | dict.fromkeys(("sizes", "strides"), (size,) * len(sums)),
+                constants=dict(SPLITS=splits, BLOCK=TILES.block_k),
+                tiles=TILES,
+                tensor_cores=False,
+            )  # fmt: skip

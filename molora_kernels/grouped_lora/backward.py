@@ -266,6 +266,7 @@ def _weight_terms(
     (seed, p, stream), x = drop, xs[0]
     T, Ks = x.shape[0], tuple(each.shape[1] for each in xs)
     P, Q = 0 if left_TP is None else left_TP.shape[1] // len(xs), 0 if dlogits_TQ is None else dlogits_TQ.shape[-1]
+    assert dlogits_TQ is None or (dlogits_TQ.ndim == 3) == tiles.as_planes(Q, x.dtype)
     q_padded = tiles.padded_logits(Q, x.dtype)
     tile = tiles.weight_tiles(P, q_padded if Q else 0, x.dtype, capability_of(x.device))
     splits = tiles.weight_splits(T, P, sum(Ks), tile)
@@ -296,7 +297,9 @@ def input_grad(
     are fp32, or both planes of it where ``tiles.as_planes``."""
     (T, P), K = ds_TP.shape, a_PK.shape[1]
     Q = 0 if dlogits_TQ is None else dlogits_TQ.shape[-1]
-    q_padded = tiles.padded_logits(Q, ds_TP.dtype) if tiles.as_planes(Q, ds_TP.dtype) else tiles.MIN_DOT
+    as_planes = tiles.as_planes(Q, ds_TP.dtype)
+    assert dlogits_TQ is None or (dlogits_TQ.ndim == 3) == as_planes
+    q_padded = tiles.padded_logits(Q, ds_TP.dtype) if as_planes else tiles.MIN_DOT
     tile = tiles.input_tiles(P, ds_TP.dtype, capability_of(ds_TP.device), drops=dropout_p > 0)
     dx = ds_TP.new_empty(T, K)
     if not dx.numel():

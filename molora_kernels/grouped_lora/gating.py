@@ -131,7 +131,7 @@ def gate_bwd_kernel(
                     m_t = m_t & (tl.load(p_mask + o_t, mask=m_t, other=0) != 0)
                 b_out += dlogits_of_sums(b_probs, b_lse, tl.load(p_head), b_dprobs, m_t)
         if p_out.dtype.element_ty == tl.bfloat16:
-            plane = T.to(tl.int64) * (H * E)
+            plane = tl.cast(T, tl.int64) * (H * E)  # T.to fails where T is 1, which is a constant then
             b_high, b_middle, b_low = bf16_terms(b_out)
             tl.store(p_out + o_out, b_high, mask=m_out)
             tl.store(p_out + plane + o_out, b_middle, mask=m_out)
@@ -222,16 +222,17 @@ def compile_cases(_: Capability) -> Iterator[Case]:
             tiles=FORWARD_TILES,
             tensor_cores=False,
         )
-        for as_planes in (True, False)[not tiles.as_planes(H * E, dtype) :]:
+        outs = {" planes": torch.bfloat16} if tiles.as_planes(H * E, dtype) else {}
+        for what, out in (outs | {"": torch.float32, " without dgates": None}).items():
+            routing = dict.fromkeys(("p_logits", "p_more", "p_dsums"), torch.float32) | {"p_mask": torch.bool}
             yield Case(
                 kernel=gate_bwd_kernel,
-                label=f"{short(dtype)} G={groups} H={H} E={E} r={r}{' planes' if as_planes else ''}",
+                label=f"{short(dtype)} G={groups} H={H} E={E} r={r}{what}",
                 pointers=dict.fromkeys(("p_dgated", "p_s", "p_ds", "p_gated"), dtype)
-                | dict.fromkeys(("p_gates", "p_logits", "p_more", "p_dsums"), torch.float32)
-                | {"p_mask": torch.bool, "p_out": torch.bfloat16 if as_planes else torch.float32},
+                | {"p_gates": torch.float32} | (routing | {"p_out": out} if out else {}),
                 scalars={**shape, "r": r, "groups_per_head": groups // H, "scaling": 2.0},
                 constants=dict(TOP_K=min(2, E), E=E, E_PAD=next_power_of_2(E), BLOCK_T=BACKWARD_ROWS)
-                | dict(BLOCK_R=_block_r(r)),
+                | dict(BLOCK_R=_block_r(r)) | ({} if out else dict.fromkeys((*routing, "p_out"))),
                 tiles=BACKWARD_TILES,
                 tensor_cores=False,
             )  # fmt: skip

@@ -38,6 +38,8 @@ CASES = [
     MlpCase(T=17, K=24, inner=40, E=1, r=8, H=0, bias=True),
     MlpCase(T=35, K=16, inner=24, E=40, r=2, H=3, top_k=3),  # routers too wide to ride along with the shrink
     MlpCase(T=60, K=24, inner=40, E=4, r=4, H=3),  # routers ride along with the experts' gradients
+    MlpCase(T=33, K=24, inner=41, E=12, r=3, H=3),  # down's router rides along, those of gate and up do not
+    MlpCase(T=33, K=24, inner=41, E=4, r=80, H=3),  # too many columns for routers to ride along, which are planes still
     MlpCase(T=280, K=20, inner=30, E=4, r=8, H=3, p=0.05),  # several splits of the tokens
 ]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -20,9 +20,13 @@ from molora_kernels.testing import assert_within_budget
 pytest.importorskip("triton")
 forward = importlib.import_module("molora_kernels.mlp_block.forward")
 backward = importlib.import_module("molora_kernels.mlp_block.backward")
+total = importlib.import_module("molora_kernels._triton.total")
 
 
-@pytest.mark.parametrize(("form", "dtype"), [*(("dense", d) for d in DTYPES), ("grouped", torch.float16)], ids=str)
+GROUPED = [("grouped", torch.float16), ("grouped", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("form", "dtype"), [*(("dense", d) for d in DTYPES), *GROUPED], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_against_fp64(case: MlpCase, form: Form, dtype: torch.dtype, device: torch.device) -> None:
@@ -38,7 +42,7 @@ def test_against_fp64(case: MlpCase, form: Form, dtype: torch.dtype, device: tor
     r=st.integers(1, 5),
     H=st.sampled_from([0, 1, 3]),
     p=st.sampled_from([0.0, 0.4]),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
+    dtype=st.sampled_from(DTYPES),
 )
 def test_any_shape(T: int, K: int, inner: int, E: int, r: int, H: int, p: float, dtype: torch.dtype) -> None:
     case = MlpCase(T=T, K=K, inner=inner, E=E, r=r, H=H, top_k=min(2, E), p=p)
@@ -75,7 +79,7 @@ def test_chosen_experts_whose_probabilities_are_zero(device: torch.device) -> No
     check(replace(inputs, router_biases=[low] * 3, selection_biases=[push] * 3), case, "triton")
 
 
-@pytest.mark.parametrize(("form", "dtype"), [*(("dense", d) for d in DTYPES), ("grouped", torch.float16)], ids=str)
+@pytest.mark.parametrize(("form", "dtype"), [*(("dense", d) for d in DTYPES), *GROUPED[:1]], ids=str)
 def test_repeats_bit_for_bit(form: Form, dtype: torch.dtype, device: torch.device) -> None:
     case = replace(CASES[-1], T=150)
     inputs = mlp_inputs(case, dtype, device)
@@ -85,11 +89,12 @@ def test_repeats_bit_for_bit(form: Form, dtype: torch.dtype, device: torch.devic
 
 @pytest.mark.parametrize(("H", "form"), [(0, "dense"), (1, "dense"), (3, "dense"), (1, "grouped"), (3, "grouped")])
 @pytest.mark.parametrize("need", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_only_what_is_needed_is_computed(
-    need: tuple[bool, bool, bool], H: int, form: Form, device: torch.device
+    dtype: torch.dtype, need: tuple[bool, bool, bool], H: int, form: Form, device: torch.device
 ) -> None:
-    i = mlp_inputs(MlpCase(T=9, K=8, inner=12, E=3, r=2, H=H), device=device)
+    i = mlp_inputs(MlpCase(T=9, K=8, inner=12, E=3, r=2, H=H), dtype, device)
     lists = (i.weights, i.biases, i.lora_a, i.lora_b, i.router_weights, i.router_biases, i.selection_biases)
     *_, saved = forward.forward(i.x, *lists, i.mask, None, 2, 2.0, 0.0, form)
     arguments = (
@@ -105,6 +110,21 @@ def test_only_what_is_needed_is_computed(
     ):
         assert len(parts) == (len(all_of_them) if needed else 0)
         assert all(torch.equal(a, b) for a, b in zip(all_of_them, parts, strict=False))
+
+
+@pytest.mark.parametrize("trained", ["all", "plain"])
+def test_sums_and_casts_are_one_launch_each(
+    trained: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch for each adapter would be most of what they cost (docs/log.md)."""
+    launched: list[int] = []
+    made = total.totals
+    monkeypatch.setattr(total, "totals", lambda groups, dtypes: (launched.append(len(groups)), made(groups, dtypes))[1])
+    monkeypatch.setattr(backward, "totals", total.totals)
+    case = MlpCase(T=9, K=8, inner=12, E=3, r=2, H=3 if trained == "all" else 0)
+    results(mlp_inputs(case, torch.bfloat16, device), case, "triton")
+    # The adapters of gate and up are joined; down's B is cast where y is made; then gradients, of routers too.
+    assert launched == [4, 1, 5, 9 if trained == "all" else 6]
 
 
 REAL = MlpCase(T=8192, K=3072, inner=8192, E=4, r=32, H=3, p=0.08)
