@@ -20,6 +20,7 @@ COMMANDS = {
     "report": "bench.report",
     "decode": "bench.decode",
     "metrics": "bench.metrics",
+    "host": "bench.host",
     "compile": "bench.compile",
     "tune": "bench.tune",
 }
