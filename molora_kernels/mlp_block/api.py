@@ -62,7 +62,7 @@ def mlp_block(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> MlpOutput:
-    """``down(silu(gate(x)) * up(x))`` with LoRA experts on the three projections, as one autograd node.
+    """``down(silu(gate(x)) * up(x))`` with LoRA experts on the three projections, with one backward.
 
     Each projection is that of :func:`molora_kernels.grouped_lora`, its gates those of :func:`molora_kernels.router`;
     SwiGLU is arXiv 2002.05202, eq. 6.

@@ -49,7 +49,8 @@ def test_arithmetic_of_a_step_is_what_torch_counts(monkeypatch: pytest.MonkeyPat
     )  # fmt: skip
     model = LlamaForCausalLM(config).requires_grad_(False).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    # Recomputing a layer of the base could stop before its last product; with experts the block is one operator.
+    # Recomputing a layer stops before its last product, which the formula counts: it need not stop (grouped experts,
+    # reentrant checkpointing).
     with FlopCounterMode(display=False) as counted, set_checkpoint_early_stop(False):
         logits = model(inputs_embeds=torch.randn(1, 64, 128, requires_grad=True), use_cache=False).logits
         logits.backward(torch.randn_like(logits))
