@@ -15,7 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     for name, why in absent.items():
         print(f"{name}: not measured, {why}")
     if options.json:
-        what = {"op": "host", "checkpointing": options.checkpointing, "rows": rows, "not_measured": absent}
+        what = {"op": "host", "shape": asdict(shape), "threads": 1, "rows": rows, "not_measured": absent}
         record.write(options.json, what)
     return 0
 

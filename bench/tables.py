@@ -206,6 +206,28 @@ def speed_gpu(results: Results) -> str:
     return _table(["time over the frozen base, forward + backward", *found, *more], filled)
 
 
+def host(results: Results) -> str:
+    """Launches of a layer and the host's time for them, with its activations kept and recomputed."""
+    kept, again = results.get("host-sm90"), results.get("host-sm90-checkpointing")
+    if kept is None or again is None:
+        return f"{NOT_MEASURED.capitalize()} yet.\n"
+
+    def launches(result: Result, row: Result) -> str:
+        found = _row(result, row["variant"]) or row
+        ours = f" ({found['kernels']} of Triton)" if found["kernels"] else ""
+        return f"{found['kernels'] + found['operators']}{ours}"
+
+    rows = (
+        [
+            _name(row["variant"]),
+            *(cell for r in (kept, again) for cell in (launches(r, row), _cell(r, row["variant"], "ratio"))),
+        ]
+        for row in kept["rows"]
+    )
+    heads = ["launches", "host's time over the frozen layer's"]
+    return _table(["a layer, forward and backward", *heads, *(f"{head}, recomputed" for head in heads)], rows)
+
+
 def _gib(result: Result | None, variant: str) -> str:
     row = _row(result, variant)
     if row is None or "peak_mib" not in row:
@@ -329,6 +351,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "decode-cpu": generation("cpu", "bf16"),
     "decode-cpu-ratios": generation_ratios,
     "compile-cpu": compiled_step,
+    "host": host,
     "origin-cpu": origin_cpu,
     "origin-cuda": lambda results: _origins(results, "cuda", "mlp-cuda-bf16"),
     "ops-cpu-fp32": ops("cpu", "fp32"),
