@@ -133,7 +133,8 @@ def _within_one(event: Any) -> bool:
 def _launch_nothing() -> list[str]:
     """From here on in this process Triton compiles for an H100 that is not there, for tensors on the CPU. Gives the
     names of kernels as they would be launched."""
-    os.environ["TRITON_INTERPRET"] = "0"  # what is decorated now is compiled
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("TRITON_INTERPRET is 1, and kernels that are interpreted are not launched: unset it")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     for module in KERNEL_MODULES:
         importlib.import_module(module)
