@@ -57,6 +57,8 @@ def commands(device: str) -> Iterator[tuple[str, list[str]]]:
         for kind in ("none", "non_reentrant"):
             suffix = "" if kind == "none" else "-checkpointing"
             yield f"step-cuda-bf16-{stage}{suffix}", ["step", *model, *size, "--checkpointing", kind]
+        compiled = ["--checkpointing", "non_reentrant", "--compile", "--only", "molora"]
+        yield f"step-cuda-bf16-{stage}-compile", ["step", *model, *size, *compiled]
     for over in ("tokens", "experts", "rank", "top_k"):
         fixed = [] if over == "tokens" else ["--tokens", "8192"]
         yield f"sweep-cuda-bf16-{over}", ["sweep", "--over", over, *block, *fixed, "--rounds", "10"]
