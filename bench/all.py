@@ -30,6 +30,8 @@ def commands(device: str) -> Iterator[tuple[str, list[str]]]:
         yield "mlp-cpu-fp32-dropout", ["mlp", "--dropout", "0.05", "--only", *WITHOUT_COMPILING]
         yield "step-cpu-fp32", ["step"]
         yield "step-cpu-fp32-compile", ["step", "--compile", "--only", "molora"]
+        yield "host-sm90", ["host"]
+        yield "host-sm90-checkpointing", ["host", "--checkpointing", "non_reentrant"]
         yield "decode-cpu-bf16", ["decode", "--model", "data/quickstart/model", "--batch", "1", "2", "4", "8", "32"]
         for dtype in ("fp32", "bf16"):
             yield f"op-cpu-{dtype}", ["op", "--dtype", dtype, "--rounds", "7"]

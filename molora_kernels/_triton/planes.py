@@ -20,10 +20,10 @@ from torch import Tensor
 from molora_kernels._triton import tiles
 from molora_kernels._triton.cases import Case
 from molora_kernels._triton.dot import bf16_terms
-from molora_kernels._triton.tiles import Capability, Tiles, cdiv, launching_on
+from molora_kernels._triton.tiles import Capability, launching_on
+from molora_kernels._triton.total import TILES, plan_of
 
 PLANES: tl.constexpr = tl.constexpr(tiles.PLANES)
-TILES = Tiles(block_t=0, block_k=1024)
 
 
 @triton.jit
@@ -50,21 +50,14 @@ def planes_kernel(p_xs, p_planes, offsets, sizes, strides, BLOCK: tl.constexpr):
 
 def planes(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Of each group of fp32 tensors (M_i, N), below one another: (3, sum of M_i, N) bf16. All by one launch."""
-    made = [group[0].new_empty(3, sum(map(len, group)), *group[0].shape[1:], dtype=torch.bfloat16) for group in groups]
-    sources, targets, offsets = [], [], []
-    for target, group in zip(made, groups, strict=True):
-        offset = 0
-        for one in group:
-            sources.append(one.contiguous())
-            targets.append(target)
-            offsets.append(offset)
-            offset += one.numel()
-    sizes = [one.numel() for one in sources]
-    if blocks := sum(cdiv(n, TILES.block_k) for n in sizes):
+    plan = plan_of(tuple([tuple([torch.Size((1, *t.shape)) for t in group]) for group in groups]))
+    made = [g[0].new_empty(3, *shape, dtype=torch.bfloat16) for g, shape in zip(groups, plan.shapes, strict=True)]
+    if plan.blocks:
+        targets = tuple([made[i] for i in plan.groups])
         with launching_on(made[0].device):
-            planes_kernel[(blocks,)](
-                tuple(sources), tuple(targets), tuple(offsets), tuple(sizes), tuple(t.stride(0) for t in targets),
-                BLOCK=TILES.block_k, num_warps=TILES.num_warps,
+            planes_kernel[(plan.blocks,)](
+                tuple([one.contiguous() for group in groups for one in group]), targets, plan.offsets, plan.sizes,
+                tuple([t.stride(0) for t in targets]), BLOCK=TILES.block_k, num_warps=TILES.num_warps,
             )  # fmt: skip
     return made
 

@@ -50,7 +50,7 @@ def totals(groups: Sequence[Sequence[Tensor]], dtypes: Sequence[torch.dtype]) ->
     """Of each group the sums over the first dimension of its tensors (splits, M_i, N), each term contiguous, below one
     another: (sum of M_i, N) in its dtype. Reads terms at the speed of memory, which ``Tensor.sum`` over few long rows
     does not."""
-    plan = _plan(tuple([tuple([t.shape for t in group]) for group in groups]))
+    plan = plan_of(tuple([tuple([t.shape for t in group]) for group in groups]))
     made = [g[0].new_empty(shape, dtype=d) for g, shape, d in zip(groups, plan.shapes, dtypes, strict=True)]
     if plan.blocks:
         terms = [t for group in groups for t in group]
@@ -62,8 +62,8 @@ def totals(groups: Sequence[Sequence[Tensor]], dtypes: Sequence[torch.dtype]) ->
     return made
 
 
-class _Plan(NamedTuple):
-    """What follows from the shapes of groups alone."""
+class Plan(NamedTuple):
+    """Where a kernel that works on groups of tensors finds and leaves each: what follows from their shapes alone."""
 
     shapes: list[torch.Size]
     """Of each group's result."""
@@ -76,7 +76,8 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(groups: tuple[tuple[torch.Size, ...], ...]) -> _Plan:
+def plan_of(groups: tuple[tuple[torch.Size, ...], ...]) -> Plan:
+    """Of shapes (splits, M_i, N), groups of which come below one another."""
     shapes, members, offsets, sizes, splits = [], [], [], [], []
     for i, group in enumerate(groups):
         shapes.append(torch.Size([sum(shape[1] for shape in group), *group[0][2:]]))
@@ -88,7 +89,7 @@ def _plan(groups: tuple[tuple[torch.Size, ...], ...]) -> _Plan:
             splits.append(shape[0])
             offset += sizes[-1]
     blocks = sum(cdiv(n, TILES.block_k) for n in sizes)
-    return _Plan(shapes, members, tuple(offsets), tuple(sizes), tuple(splits), blocks)
+    return Plan(shapes, members, tuple(offsets), tuple(sizes), tuple(splits), blocks)
 
 
 def joined(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
