@@ -9,7 +9,6 @@ the module here.
 """
 
 KERNEL_MODULES = (
-    "molora_kernels._triton.planes",
     "molora_kernels._triton.total",
     "molora_kernels.router.forward",
     "molora_kernels.router.backward",

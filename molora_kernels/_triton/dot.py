@@ -11,8 +11,11 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from molora_kernels._triton import tiles
+
 INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 """Whether ``TRITON_INTERPRET`` was set when triton was first imported."""
+PLANES: tl.constexpr = tl.constexpr(tiles.PLANES)
 
 
 @triton.jit

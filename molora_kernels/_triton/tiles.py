@@ -15,7 +15,7 @@ Capability = tuple[int, int] | None
 SHARED_MEMORY_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 """What one program may use (CUDA C++ programming guide, technical specifications per compute capability)."""
 PLANES = 4
-"""Columns of a 16-bit product for each of an fp32 operand (``planes.py``): three planes, and one of nothing, since a
+"""Columns of a 16-bit product for each of an fp32 operand (``total.Kind``): three planes, and one of nothing, since a
 product has a power of two of them."""
 SMALLEST_SHARED_MEMORY_KIB = 64
 """What is assumed of a GPU that is not in the table: the LDS of an AMD compute unit."""

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from molora_kernels import dropout
 from molora_kernels._triton.cases import DTYPES, Case, short
-from molora_kernels._triton.dot import dot, dot_by_fp32, dot_fp32_by_fp32, dot_in_steps, dot_of_many
+from molora_kernels._triton.dot import PLANES, dot, dot_by_fp32, dot_fp32_by_fp32, dot_in_steps, dot_of_many
 from molora_kernels._triton.dropout import kept, row_keys
 from molora_kernels._triton.pick import pick, pick_block
-from molora_kernels._triton.planes import PLANES
 from molora_kernels._triton.tiles import Capability, capability_of, cdiv, launching_on
 from molora_kernels._triton.total import joined, totals
 from molora_kernels.grouped_lora import gating, portable, tiles
@@ -198,7 +197,7 @@ def backward(
     dx, da = x_TK.new_empty(0), x_TK.new_empty(0)  # two: an operator's outputs may not share memory
     db: list[Tensor] = []
 
-    a_PK, *cast_b = joined([lora_a_RK, *([b] for b in lora_b_NR)], x_TK.dtype)
+    a_PK, *cast_b = joined([lora_a_RK, *([b] for b in lora_b_NR)], [x_TK.dtype] * (1 + len(lora_b_NR)))
     if gates_THE is None:
         ds, gated, dgates = unexpand(dys_TN, cast_b, s_TP, scaling), s_TP, x_TK.new_empty(0)
     else:

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from molora_kernels import dropout
 from molora_kernels._triton.cases import DTYPES, Case, short
-from molora_kernels._triton.dot import dot_in_steps, dot_of_many
+from molora_kernels._triton.dot import PLANES, dot_in_steps, dot_of_many
 from molora_kernels._triton.dropout import kept, row_keys
-from molora_kernels._triton.planes import PLANES
 from molora_kernels._triton.routing import choose, gates_of, softmax, sums_of
 from molora_kernels._triton.tiles import Capability, capability_of, cdiv, launching_on
 from molora_kernels._triton.total import joined
@@ -146,7 +145,7 @@ def forward(
             x_TK, weights_NK, biases_N, lora_a_RK, lora_b_NR, gates_THE, dropout_seed, scaling, dropout_p, stream
         )
     x_TK = rows_contiguous(x_TK)
-    a_PK, *lora_b_NR = joined([lora_a_RK, *([b] for b in lora_b_NR)], x_TK.dtype)
+    a_PK, *lora_b_NR = joined([lora_a_RK, *([b] for b in lora_b_NR)], [x_TK.dtype] * (1 + len(lora_b_NR)))
     s = shrink(x_TK, a_PK, dropout_seed, dropout_p, stream)
     return expand(x_TK, weights_NK, biases_N, lora_b_NR, s, gates_THE, scaling), s
 

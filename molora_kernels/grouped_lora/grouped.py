@@ -239,7 +239,7 @@ def forward(
         )  # fmt: skip
     x_TK = rows_contiguous(x_TK)
     sets = sets_of_all(gates_THE, top_k, x_TK.dtype)
-    adapters = joined([[t] for t in (*lora_a_RK, *lora_b_NR)], x_TK.dtype)
+    adapters = joined([[t] for t in (*lora_a_RK, *lora_b_NR)], [x_TK.dtype] * (2 * len(lora_b_NR)))
     lora_a_RK, lora_b_NR = adapters[: len(lora_a_RK)], adapters[len(lora_a_RK) :]
     s = shrink(x_TK, lora_a_RK, sets, dropout_seed, dropout_p, stream)
     gated = gating.gate(s, compact(gates_THE, sets), len(weights_NK), scaling)
@@ -281,7 +281,7 @@ def backward(
     dx, da = x_TK.new_empty(0), x_TK.new_empty(0)  # two: an operator's outputs may not share memory
     db: list[Tensor] = []
 
-    adapters = joined([[t] for t in (*lora_a_RK, *lora_b_NR)], x_TK.dtype)
+    adapters = joined([[t] for t in (*lora_a_RK, *lora_b_NR)], [x_TK.dtype] * (2 * len(lora_b_NR)))
     cast_a, cast_b = adapters[: len(lora_a_RK)], adapters[len(lora_a_RK) :]
     dgated = unexpand(dys_TN, cast_b, sets)
     ds, gated, dgates = gate_backward(

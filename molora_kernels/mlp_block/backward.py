@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from molora_kernels._triton.cases import DTYPES, Case, short
-from molora_kernels._triton.planes import planes
 from molora_kernels._triton.tiles import Capability, cdiv, launching_on
-from molora_kernels._triton.total import joined, totals
+from molora_kernels._triton.total import AS_PLANES, Kind, joined, totals
 from molora_kernels.grouped_lora import backward as grouped_lora
 from molora_kernels.grouped_lora import gating, grouped, tiles
 from molora_kernels.grouped_lora.forward import rows_contiguous
@@ -82,8 +81,13 @@ def backward(
     need_dlogits = bool(routers) and (need_dx or need_drouter or need_dlora)
     x_TK, dy_TK, mask = rows_contiguous(x_TK), rows_contiguous(dy_TK), flags(mask_T)
     dsums = fp32(dsums)
-    a_in, a_down, *b = joined([lora_a[:2], lora_a[2:], *([b] for b in lora_b)], x_TK.dtype)
-    router_in, router_down = _routers([router_weights[IN], router_weights[DOWN]], x_TK.dtype)
+    groups: list[list[Tensor]] = [lora_a[IN], lora_a[DOWN], *([b] for b in lora_b)]
+    kinds: list[Kind] = [x_TK.dtype for _ in groups]
+    for part in (router_weights[IN], router_weights[DOWN]):
+        if part:
+            groups.append(part)
+            kinds.append(AS_PLANES if tiles.as_planes(sum(map(len, part)), x_TK.dtype) else torch.float32)
+    a_in, a_down, *b, router_in, router_down = joined(groups, kinds) + [None] * (7 - len(groups))
 
     def adapter(part: slice, stream: int, gates: Tensor | None) -> _Adapter:
         sets = [] if form == "dense" or gates is None else grouped.sets_of_all(gates, top_k, x_TK.dtype)
@@ -134,13 +138,6 @@ def backward(
     return dx, da, db, drouters, [d.sum(tuple(range(d.ndim - 1)), dtype=torch.float32) for d in of_biases]
 
 
-def _routers(parts: list[list[Tensor]], dtype: torch.dtype) -> list[Tensor | None]:
-    """Of each part the weights of its routers below one another: as planes (3, H * E, K), or fp32 (H * E, K)."""
-    split = [i for i, part in enumerate(parts) if part and tiles.as_planes(sum(map(len, part)), dtype)]
-    of_split = dict(zip(split, planes([parts[i] for i in split]), strict=True))
-    return [of_split.get(i) if i in of_split or not part else torch.cat(part).float() for i, part in enumerate(parts)]
-
-
 def _columns(dlogits: Tensor) -> Tensor | None:
     """The routers' logits of a token side by side, (T, H * E) or (3, T, H * E) of planes; None if not needed."""
     return dlogits.flatten(-2) if dlogits.ndim > 1 else None
@@ -162,7 +159,7 @@ class _Adapter(NamedTuple):
     b: list[Tensor]
     """(N, R) in the input's dtype"""
     routers: Tensor | None
-    """(H * E, K) fp32 or its planes, where they have their own"""
+    """(H * E, K) fp32 or (3, H * E, K), its planes, where they have their own"""
     heads: int
     """H of them"""
     gates: Tensor | None
@@ -186,7 +183,7 @@ class _Adapter(NamedTuple):
         if router and need["need_dgates"]:
             dgates = dgates if router.more_dgates is None else dgates + router.more_dgates
             dgates = dlogits_of(dgates, router.dsums, router.logits, self.gates, router.mask, router.top_k)
-            dgates = planes([[dgates]])[0] if router.as_planes else dgates
+            dgates = joined([[dgates]], [AS_PLANES])[0] if router.as_planes else dgates
         return ds, gated, dgates
 
     def input_grad(self, ds: Tensor, dlogits: Tensor | None) -> Tensor:

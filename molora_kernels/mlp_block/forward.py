@@ -16,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from molora_kernels._triton.cases import DTYPES, Case, short
-from molora_kernels._triton.planes import planes
 from molora_kernels._triton.tiles import Capability, Tiles, cdiv, launching_on
-from molora_kernels._triton.total import joined
+from molora_kernels._triton.total import AS_PLANES, Kind, joined
 from molora_kernels.grouped_lora import forward as grouped_lora
 from molora_kernels.grouped_lora import grouped, tiles
 from molora_kernels.mlp_block import portable
@@ -65,10 +64,6 @@ def forward(
             dropout_seed, top_k, scaling, dropout_p, form,
         )  # fmt: skip
 
-    def stacked(tensors: list[Tensor]) -> Tensor:
-        """In fp32; one alone is not copied."""
-        return (tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)).float().contiguous()
-
     def rides_along(part: slice) -> bool:
         if form != "dense" or not router_weights[part]:
             return False
@@ -80,17 +75,15 @@ def forward(
         a, drop = a_in if stream == 0 else a_down, (dropout_seed, dropout_p, stream)
         s, own = None, ()
         if router_weights[part]:
-            rides = stream in ridden
-            weight = ridden[stream] if rides else stacked(router_weights[part])
-            bias, selection = (stacked(b[part]) if b else None for b in (router_biases, selection_biases))
-            routers = grouped_lora.Routers(weight, bias, selection, mask, top_k)
-            out = sums[part], counts[part]
-            if rides:
-                heads, experts = out[1].shape
-                s, (*own, partials) = grouped_lora.route_and_shrink(x, a, routers, heads, experts, *drop)
-                router.add_up(partials, out)
+            heads, experts = len(router_weights[part]), len(router_weights[0])
+            weight = next(of_routers)
+            bias, selection = (next(of_routers) if given else None for given in (router_biases, selection_biases))
+            if rides_along(part):
+                own_routers = grouped_lora.Routers(weight, bias, selection, mask, top_k)
+                s, (*own, of_blocks) = grouped_lora.route_and_shrink(x, a, own_routers, heads, experts, *drop)
             else:
-                own = router.forward(x, *routers, out)[:2]
+                *own, of_blocks = router.route(x, weight.view(heads, experts, -1), bias, selection, mask, top_k)
+            partials.append(of_blocks)
         return grouped_lora.shrink(x, a, *drop) if form == "dense" and s is None else s, own
 
     def by_set(
@@ -100,14 +93,17 @@ def forward(
         return grouped.forward(x, *lists, gates, dropout_seed, scaling, dropout_p, stream, top_k)
 
     x_TK, mask = grouped_lora.rows_contiguous(x_TK), router.flags(mask_T)
-    of_b = lora_b if form == "grouped" else lora_b[IN]
-    a_in, a_down, *b = joined([lora_a[IN], lora_a[DOWN], *([b] for b in of_b)], x_TK.dtype)
-    if router_weights:
-        sums, counts = router.new_sums(x_TK, len(router_weights), len(router_weights[0]))
-    else:
-        sums, counts = portable.no_routing(x_TK)
-    parts = {stream: router_weights[part] for stream, part in enumerate((IN, DOWN)) if rides_along(part)}
-    ridden = dict(zip(parts, planes(list(parts.values())), strict=True))
+    groups = [lora_a[IN], lora_a[DOWN], *([b] for b in (lora_b if form == "grouped" else lora_b[IN]))]
+    kinds: list[Kind] = [x_TK.dtype for _ in groups]
+    adapters = len(groups)
+    for part in (IN, DOWN):
+        if router_weights[part]:
+            groups += [given[part] for given in (router_weights, router_biases, selection_biases) if given]
+            kinds.append(AS_PLANES if rides_along(part) else torch.float32)
+            kinds += [torch.float32] * (len(groups) - len(kinds))
+    made = joined(groups, kinds)
+    (a_in, a_down, *b), of_routers = made[:adapters], iter(made[adapters:])
+    partials: list[Tensor] = []
 
     s_in, own_in = route(x_TK, IN, 0)
     gates_in = own_in[0] if own_in else None
@@ -120,6 +116,7 @@ def forward(
     if s_down is None:
         (found,), s_down = by_set(found, DOWN, 1, [a_down], own_down[0] if own_down else gates_in)
     routed = [t for own in (own_in, own_down) for t in own or (x_TK.new_empty(0), x_TK.new_empty(0))]
+    sums, counts = router.add_up(partials) if partials else portable.no_routing(x_TK)
     return found, sums, counts, [h_gate, h_up, s_in, s_down, *routed]
 
 
@@ -136,7 +133,7 @@ def down(
     if h_TI.dtype == torch.float64:  # as in forward
         return portable.down(h_TI, s_TR, gates_THE, weight_KI, bias_K, lora_b_KR, scaling)
     biases = [] if bias_K is None else [bias_K]
-    b = joined([[lora_b_KR]], h_TI.dtype)
+    b = joined([[lora_b_KR]], [h_TI.dtype])
     return grouped_lora.expand(h_TI, [weight_KI], biases, b, s_TR, gates_THE, scaling)[0]
 
 

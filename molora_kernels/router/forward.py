@@ -5,7 +5,7 @@ power of two, HEADS routers of one program, B blocks of tokens.
 """
 
 # Kernels are Python in spelling only, so these do not apply to them.
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from molora_kernels._triton.cases import DTYPES, Case, short
 from molora_kernels._triton.dot import dot_by_fp32
+from molora_kernels._triton.pick import pick, pick_block
 from molora_kernels._triton.routing import choose, gates_of, softmax, sums_of
 from molora_kernels._triton.tiles import Capability, Tiles, capability_of, cdiv, launching_on, next_power_of_2
 
@@ -104,15 +105,18 @@ def router_fwd_kernel(
 
 @triton.jit
 def router_sums_kernel(
-    p_partials, p_sums, p_counts, B, H, E: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_B: tl.constexpr
+    p_partials, p_sums, p_counts, Bs, Hs, E: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_B: tl.constexpr
 ):
-    """Sum of the blocks' partials, one router a program, always in the same order."""
+    """Sum of the blocks' partials, one router a program, always in the same order; of routers that read one input and,
+    after them, of those that read another."""
     i_h = tl.program_id(0)
+    i, i_own = pick_block(Hs, i_h, 1)
+    p_own, B, H = pick(p_partials, i), pick(Bs, i), pick(Hs, i)
     o_c = tl.arange(0, COLUMNS)
     b_acc = tl.zeros((BLOCK_B, COLUMNS), dtype=tl.float32)
     for i_b in range(0, tl.cdiv(B, BLOCK_B)):
         o_b = i_b * BLOCK_B + tl.arange(0, BLOCK_B)
-        p_block = p_partials + ((o_b * H + i_h) * (1 + 2 * E))[:, None] + o_c[None, :]
+        p_block = p_own + ((o_b * H + i_own) * (1 + 2 * E))[:, None] + o_c[None, :]
         b_acc += tl.load(p_block, mask=(o_b < B)[:, None] & (o_c < 1 + 2 * E)[None, :], other=0.0)
     b_sums = tl.sum(b_acc, axis=0)
     tl.store(p_sums + i_h * (1 + E) + o_c, b_sums, mask=o_c < 1 + E)
@@ -126,10 +130,24 @@ def forward(
     selection_bias: Tensor | None,
     mask: Tensor | None,
     top_k: int,
-    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gates (T, H, E), logits (T, H, E), sums (H, 1 + E), counts (H, E), all fp32; as ``portable.forward``. Sums and
-    counts in ``out`` if it is given.
+    """Gates (T, H, E), logits (T, H, E), sums (H, 1 + E), counts (H, E), all fp32; as ``portable.forward``.
+
+    Raises as :func:`route`.
+    """
+    gates, logits, partials = route(x, weight, bias, selection_bias, mask, top_k)
+    return gates, logits, *add_up([partials])
+
+
+def route(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    selection_bias: Tensor | None,
+    mask: Tensor | None,
+    top_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates and logits (T, H, E), and what each block of rows contributes to sums and counts, for :func:`add_up`.
 
     Raises:
         ValueError: more experts or a larger top_k than the kernels are made for, or a dtype they do not take.
@@ -152,22 +170,20 @@ def forward(
                 BLOCK_T=tiles.block_t, BLOCK_K=tiles.block_k,
                 num_warps=tiles.num_warps, num_stages=tiles.num_stages,
             )  # fmt: skip
-    return gates, logits, *add_up(partials, out or new_sums(x, heads, experts))
+    return gates, logits, partials
 
 
-def new_sums(x: Tensor, heads: int, experts: int) -> tuple[Tensor, Tensor]:
-    """Of any content: sums (H, 1 + E) and counts (H, E), fp32."""
-    return x.new_empty(heads, 1 + experts, dtype=torch.float32), x.new_empty(heads, experts, dtype=torch.float32)
-
-
-def add_up(partials: Tensor, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sums and counts in ``out``, of what each block of rows contributes (blocks, H, 1 + 2E)."""
-    (blocks, heads, _), experts = partials.shape, out[1].shape[1]
-    with launching_on(partials.device):
-        router_sums_kernel[(heads,)](
-            partials, *out, blocks, heads, E=experts, **sums_blocks(experts), num_warps=SUMS_WARPS
+def add_up(partials: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sums (H, 1 + E) and counts (H, E) of what each block of rows contributes, (blocks_i, H_i, 1 + 2E) fp32 of those
+    routers that read one input; H is the sum of H_i."""
+    blocks, heads, columns = zip(*[t.shape for t in partials], strict=True)
+    experts, first = columns[0] // 2, partials[0]
+    sums, counts = first.new_empty(sum(heads), 1 + experts), first.new_empty(sum(heads), experts)
+    with launching_on(first.device):
+        router_sums_kernel[(len(sums),)](
+            tuple(partials), sums, counts, blocks, heads, E=experts, **sums_blocks(experts), num_warps=SUMS_WARPS
         )  # fmt: skip
-    return out
+    return sums, counts
 
 
 SUMS_WARPS = 4
@@ -255,12 +271,14 @@ def compile_cases(capability: Capability) -> Iterator[Case]:
                     tiles=tiles,
                     tensor_cores=dtype != torch.float32,
                 )
-        yield Case(
-            kernel=router_sums_kernel,
-            label=f"H={heads} E={experts}",
-            pointers=dict.fromkeys(("p_partials", "p_sums", "p_counts"), torch.float32),
-            scalars={"B": 256, "H": heads},
-            constants={"E": experts, **sums_blocks(experts)},
-            tiles=Tiles(block_t=0, block_k=0, num_warps=SUMS_WARPS),
-            tensor_cores=False,
-        )
+        for what, blocks in (("", (256,)), (" and another", (256, 128)), (" and another T=1", (1, 1))):
+            yield Case(
+                kernel=router_sums_kernel,
+                label=f"H={heads} E={experts}{what}",
+                pointers=dict.fromkeys(("p_sums", "p_counts"), torch.float32)
+                | {"p_partials": (torch.float32,) * len(blocks)},
+                scalars={"Bs": blocks, "Hs": (heads, 1)[: len(blocks)]},
+                constants={"E": experts, **sums_blocks(experts)},
+                tiles=Tiles(block_t=0, block_k=0, num_warps=SUMS_WARPS),
+                tensor_cores=False,
+            )

@@ -116,13 +116,13 @@ def test_only_what_is_needed_is_computed(
 def test_sums_and_casts_are_one_launch_each(H: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch for each adapter would be most of what they cost (docs/log.md)."""
     launched: list[int] = []
-    made = total.totals
-    monkeypatch.setattr(total, "totals", lambda groups, dtypes: (launched.append(len(groups)), made(groups, dtypes))[1])
-    monkeypatch.setattr(backward, "totals", total.totals)
+    plan_of = total.plan_of
+    monkeypatch.setattr(total, "plan_of", lambda groups, *how: (launched.append(len(groups)), plan_of(groups, *how))[1])
     case = MlpCase(T=9, K=8, inner=12, E=3, r=2, H=H)
     results(mlp_inputs(case, torch.bfloat16, device), case, "triton")
-    # The adapters of gate and up are joined; down's B is cast where y is made; then gradients, of routers too.
-    assert launched == [4, 1, 5, 6 + H]
+    # The adapters of gate and up are joined, and their routers' weights and biases; down's own bias is as it is, its B
+    # is cast where y is made. Then the same for backward, without biases; then gradients, of routers too.
+    assert launched == [4 + H, 1, 5 + (2 if H else 0), 6 + H]
 
 
 REAL = MlpCase(T=8192, K=3072, inner=8192, E=4, r=32, H=3, p=0.08)

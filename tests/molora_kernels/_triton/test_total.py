@@ -1,4 +1,4 @@
-"""fp32 as bf16 planes, and sums of terms: exact, so compared bit for bit."""
+"""Tensors added up, joined and split into planes: exact, so compared bit for bit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-planes = importlib.import_module("molora_kernels._triton.planes").planes
 total = importlib.import_module("molora_kernels._triton.total")
 
 
@@ -17,11 +16,11 @@ def test_planes_add_up_to_every_bit(device: torch.device) -> None:
     draw = torch.Generator().manual_seed(0)
     scales = 10.0 ** torch.randint(-20, 20, (37, 1), generator=draw)
     x = (torch.randn(37, 45, generator=draw) * scales).to(device)
-    (made,) = planes([[x]])
+    (made,) = total.joined([[x]], [total.AS_PLANES])
     assert made.dtype == torch.bfloat16 and made.shape == (3, 37, 45)
     assert torch.equal(made.double().sum(0), x.double())
     assert (made[0].double() - x.double()).abs().max() > 0  # one plane alone would not do
-    both, one, none = planes([[x[:5], x[30:]], [x[7:8]], [x[:0]]])
+    both, one, none = total.joined([[x[:5], x[30:]], [x[7:8]], [x[:0]]], [total.AS_PLANES] * 3)
     assert torch.equal(both, torch.cat([made[:, :5], made[:, 30:]], 1)) and torch.equal(one, made[:, 7:8])
     assert none.shape == (3, 0, 45)
 
@@ -48,6 +47,8 @@ def test_adapters_are_joined_in_another_dtype(dtype: torch.dtype, device: torch.
     draw = torch.Generator().manual_seed(0)
     a, b, c = (torch.randn(rows, 70, generator=draw).to(device) for rows in (5, 16, 3))
     c = c.to(dtype)
-    found = total.joined([[a, b.T.contiguous().T], [c], [b[:, ::2]], [c[:, ::2]]], dtype)
-    assert torch.equal(found[0], torch.cat([a, b]).to(dtype)) and torch.equal(found[2], b[:, ::2].to(dtype))
+    kinds = [dtype, dtype, torch.float32, dtype, total.AS_PLANES]
+    found = total.joined([[a, b.T.contiguous().T], [c], [a[0], b[1]], [c[:, ::2]], [a[:, ::2]]], kinds)
+    assert torch.equal(found[0], torch.cat([a, b]).to(dtype)) and torch.equal(found[2], torch.cat([a[0], b[1]]))
     assert found[1] is c and torch.equal(found[3], c[:, ::2]) and all(t.is_contiguous() for t in found)
+    assert torch.equal(found[4].double().sum(0), a[:, ::2].double())
