@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# What needs a CUDA GPU, from a checkout or a copy of one, in under 9 minutes together:
+# What needs a CUDA GPU, from a checkout or a copy of one; the default in under 9 minutes together:
 #
-#   bench/gpu.sh [PART…]      default: tests core more sanitize
+#   bench/gpu.sh [PART…]      default: tests core
 #     tests      every kernel on the device against the fp64 reference, small and at real sizes
 #     core       the block, its operations and a training step at Llama-3.2-3B's shapes
 #     more       what changes with tokens, experts, dropout, the other stage; torch.compile
 #     sanitize   compute-sanitizer over a small block, which has every operation in it
 #     tune       tiles that kernels could have beside those they have (see bench/tune.py)
 #
-# MOLORA_GPU_SECONDS, 530 by default, is what all of it may take; what comes last is cut.
+# MOLORA_GPU_SECONDS, 530 by default, is what all of it may take. A step that has less than half of its own time left is
+# not begun: most write nothing until they are through.
 #
 # A red test does not cost the benchmarks: each holds what it times to fp64 itself, and what is wrong gets no time. The
 # exit status is that of the first step that failed or ran out of time.
@@ -25,7 +26,7 @@ out=$(realpath -m "${OUT:-outputs/gpu}")
 cd "$(dirname "$0")/.." || exit
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TRITON_DEFAULT_FP_FUSION=1
 unset TRITON_INTERPRET
-parts=${*:-tests core more sanitize}
+parts=${*:-tests core}
 for part in $parts; do
   case $part in tests | core | more | sanitize | tune) ;;
     *) echo "no part $part: tests, core, more, sanitize or tune" && exit 2 ;;
@@ -39,11 +40,12 @@ failed=0
 step() { # step NAME SECONDS COMMAND…: as long as that, and as the whole script may take; its log and status are kept
   local name=$1 most=$2 left=$((${MOLORA_GPU_SECONDS:-530} - SECONDS)) status
   shift 2
-  if [ "$left" -lt 5 ]; then
+  if [ "$((2 * left))" -lt "$most" ]; then
     echo "no time left for: $*" >"$everything/$name.log"
     status=124
   else
-    timeout -k 5 "$((most < left ? most : left))" "$@" >"$everything/$name.log" 2>&1
+    # As from the keyboard: pytest then tells what failed until there, and a benchmark where it was.
+    timeout -s INT -k 5 "$((most < left ? most : left))" "$@" >"$everything/$name.log" 2>&1
     status=$?
   fi
   grep -v rounds: "$everything/$name.log" | tail -n 40
@@ -102,6 +104,9 @@ core() {
   measure op-cuda-bf16 60 op "${shapes[@]}" --tokens 8192
 }
 more() {
+  # Both micro-batches of a step at once, which asks half as much of the host.
+  measure step-cuda-bf16-stage2-whole 80 step "${model[@]}" --rows 16 --length 1024 --checkpointing non_reentrant \
+    --only molora "PEFT LoRA r=64"
   measure sweep-cuda-bf16-experts 110 sweep --over experts "${shapes[@]}" --tokens 8192 --rounds 10 --only "${forms[@]}"
   measure sweep-cuda-bf16-tokens 90 sweep --over tokens "${shapes[@]}" --rounds 10 \
     --only "${forms[@]}" "PEFT LoRA r=128"
@@ -136,7 +141,7 @@ sanitize() {
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   # Beside other tests neither came to an end in 55 seconds on an H200: one file, and nothing beside it.
   for tool in memcheck racecheck; do
-    step "$tool" 150 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+    step "$tool" 150 "$sanitizer" --tool "$tool" --target-processes application-only --error-exitcode 9 \
       python3 -m pytest tests/molora_kernels/mlp_block/test_mlp_block_triton.py -q -p no:cacheprovider -k sanitizer -m gpu
   done
   unset PYTORCH_NO_CUDA_MEMORY_CACHING

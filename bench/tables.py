@@ -185,7 +185,8 @@ def speed_gpu(results: Results) -> str:
         ("dropout 0.05, ", *[results.get("mlp-cuda-bf16-dropout")] * 2),
     ):
         found[head + commit_of(whole["provenance"]) if whole else head] = result
-    kinds = {"": "", "-checkpointing": ", recomputing layers", "-compile": ", recomputing layers, compiled"}
+    again = ", recomputing layers"
+    kinds = {"": "", "-checkpointing": again, "-whole": f"{again}, twice the rows", "-compile": f"{again}, compiled"}
     for n, (suffix, what) in itertools.product((1, 2), kinds.items()):
         found[f"step, stage {n}{what}"] = results.get(f"step-cuda-bf16-stage{n}{suffix}")
     found = {head: result for head, result in found.items() if result}

@@ -125,10 +125,10 @@ def _input_grad(features: str, columns: Callable[[Shape], int], routers: int) ->
 
 def _for_routers(x: Tensor, Q: int, dtype: torch.dtype) -> Tensor:
     """fp32 as products with routers of Q logits take it."""
-    from molora_kernels._triton.planes import planes
+    from molora_kernels._triton.total import AS_PLANES, joined
     from molora_kernels.grouped_lora import tiles
 
-    return planes([[x]])[0] if tiles.as_planes(Q, dtype) else x
+    return joined([[x]], [AS_PLANES])[0] if tiles.as_planes(Q, dtype) else x
 
 
 def _gate(projections: int, *, backward: bool) -> Callable[[Shape], Callable[[], Any]]:

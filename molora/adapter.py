@@ -113,8 +113,17 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device: {name!r} is no device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device: {name!r} was asked for, but PyTorch sees no CUDA GPU; use device: auto or cpu")
+    if device.type == "cuda":  # asked without touching one, which would take memory of it
+        if not torch.cuda.is_available():
+            raise UserError(f"device: {name!r} was asked for, but PyTorch sees no CUDA GPU; use device: auto or cpu")
+        if (device.index or 0) >= (count := torch.cuda.device_count()):
+            raise UserError(f"device: {name!r} was asked for, and the GPUs here are cuda:0 to cuda:{count - 1}")
+        return device
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # what each backend makes of not being there
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"device: {name!r} cannot be used here ({reason}); use auto, cpu, cuda or cuda:N") from error
     return device
 
 
@@ -126,11 +135,16 @@ def load_base(name: str, config: Model, device: torch.device) -> tuple[PreTraine
     """
     attention = config.attn_implementation
     kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    kwargs |= quantisation(config.load_precision, device)
+    kwargs |= {"dtype": pick_dtype(config.load_precision, device), "use_safetensors": True, "output_loading_info": True}
     with _opening(name, config) as source:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
-        kwargs |= quantisation(config.load_precision, device)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=pick_dtype(config.load_precision, device), use_safetensors=True, **source, **kwargs
+        found: Any = AutoModelForCausalLM.from_pretrained(name, **source, **kwargs)
+    model, info = found
+    if missing := sorted(info["missing_keys"]):  # which transformers fills at random, and only says so
+        raise UserError(
+            f"model_name: the files of {name!r} lack weights that its config.json asks for "
+            f"({_listed('missing', missing)}); get them again, whole"
         )
     model.config.use_cache = True
     model.molora_base = name  # type: ignore[assignment] # the name that save_adapter writes down
@@ -157,22 +171,37 @@ def describe_base(config: Config) -> tuple[PreTrainedConfig, Any]:
 @contextmanager
 def _opening(name: str, config: Model) -> Iterator[dict[str, Any]]:
     """What transformers is told about where a base comes from; its errors become one that the user can mend."""
-    local = Path(name).is_dir()
-    if not local and not _is_hub_name(name):
-        raise UserError(f"model_name: no folder {name!r} here")
+    check_there(name)
     try:
-        yield {"local_files_only": local, "trust_remote_code": config.trust_remote_code}
-    except (OSError, ValueError, SafetensorError, ImportError, KeyError) as error:
+        yield {"local_files_only": Path(name).is_dir(), "trust_remote_code": config.trust_remote_code}
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # damaged files raise whatever the line that met them first does
+        own = sorted(folder.name for folder in Path(name).glob("*") if is_adapter(folder))
+        if own:
+            last = "final" if "final" in own else own[-1]
+            raise UserError(f"model_name: {name!r} is the folder of a run; give {str(Path(name) / last)!r}") from error
         if _is_of_peft(name):
             raise UserError(
                 f"model_name: {name!r} is an adapter that PEFT saved; open it with PeftModel.from_pretrained(base, "
                 f"{name!r}) or AutoPeftModelForCausalLM.from_pretrained({name!r}) of peft, after import molora.peft"
             ) from error
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, ImportError):
+            raise UserError(
+                f"model_name: {name!r}, as the keys under model ask for it (attn_implementation), needs a package that "
+                f"is not here ({reason}); install it, or set model.attn_implementation=auto"
+            ) from error
         raise UserError(
             f"model_name: {name!r} cannot be loaded as a causal language model ({reason}); give a folder with "
             "config.json, safetensors weights and tokenizer, or the name of a model on the Hugging Face hub"
         ) from error
+
+
+def check_there(name: str) -> None:
+    """Raise :class:`UserError` for what is neither a folder here nor written as a name on the hub."""
+    if not Path(name).is_dir() and not _is_hub_name(name):
+        raise UserError(f"model_name: no folder {name!r} here")
 
 
 def _is_of_peft(name: str) -> bool:
@@ -394,9 +423,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: missing or not readable ({error}); the folder is no whole adapter folder") from error
-    needed = {"format", "base_model", "injection", "moe", "sha256"}
-    if not isinstance(manifest, dict) or not needed <= manifest.keys():
-        raise UserError(f"{path}: not an adapter manifest; it needs the keys {sorted(needed)}")
+    needed = {"format": int, "base_model": str, "injection": dict, "moe": dict, "sha256": str}
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), kind) for key, kind in needed.items()):
+        told = ", ".join(f"{key} ({kind.__name__})" for key, kind in needed.items())
+        raise UserError(f"{path}: not an adapter manifest; it needs the keys {told}")
     if manifest["format"] != FORMAT:
         raise UserError(f"{path}: written in format {manifest['format']}; this version of molora reads {FORMAT}")
     return manifest
@@ -459,9 +489,13 @@ def locate_base(folder: Path, manifest: dict[str, Any]) -> str:
 
 
 def _tokenizer(folder: Path) -> Any:
-    return (
-        AutoTokenizer.from_pretrained(folder, local_files_only=True) if (folder / "tokenizer.json").is_file() else None
-    )
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    try:  # no code of the folder is run for it, nor asked about: an exported model's own is only for the model
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # as in _opening
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder / 'tokenizer.json'}: cannot be read ({reason}); use another checkpoint") from error
 
 
 def _listed(label: str, items: list[str], most: int = 4) -> str:

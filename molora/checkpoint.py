@@ -77,7 +77,11 @@ def finished(output: Path) -> bool:
 
 def claim(output: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise :class:`UserError` unless a run may write to ``output``; changes nothing."""
-    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    try:
+        existing = next(path for path in (output.absolute(), *output.absolute().parents) if os.path.lexists(path))
+        output.exists()  # says whether the name is one
+    except OSError as error:
+        raise UserError(f"{output}: {error.strerror}; choose another --output-dir") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"{output}: cannot be written in {existing}; choose another --output-dir")
     if resume or overwrite:
@@ -107,7 +111,10 @@ def _remove(path: Path) -> None:
 
 def describe(output: Path, config: Config, provenance: dict[str, Any]) -> None:
     """Write the resolved configuration and the provenance of a run to ``output``, which is created."""
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # such as a file system that says it can be written and cannot
+        raise UserError(f"{output}: cannot be made ({error.strerror}); choose another --output-dir") from error
     (output / CONFIG).write_text(to_yaml(config), encoding="utf-8")
     (output / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 
@@ -154,10 +161,12 @@ def training_state(progress: Progress, optimizer: Optimizer, schedule: LambdaLR,
     }
 
 
-def prune(output: Path, limit: int | None) -> None:
-    """Remove the oldest ``checkpoint-<step>`` folders beyond ``limit``; None keeps all."""
+def prune(output: Path, limit: int | None, step: int) -> None:
+    """Of the ``checkpoint-<step>`` folders up to ``step``, where the run is, keep the newest ``limit``; None keeps all.
+
+    Later ones are damaged, or the run would have gone on from them: they do not count."""
     if limit is not None:
-        for folder in _numbered(output)[limit:]:
+        for folder in [folder for folder in _numbered(output) if _step(folder) <= step][limit:]:
             _remove(folder)
 
 
@@ -201,16 +210,25 @@ def _write_sums(folder: Path) -> None:
 
 
 def newest(output: Path) -> Path | None:
-    """The newest ``checkpoint-<step>`` whose files have their checksums, or None; damaged ones are warned of.
+    """The newest ``checkpoint-<step>`` whose files have their checksums, or None if there is none; damaged ones are
+    warned of, and :class:`UserError` if all are: to start again would discard what is left of them.
 
     Clears away first what a crash while saving left aside.
     """
     _tidy(output)
+    damaged: list[str] = []
     for folder in _numbered(output):
-        damaged = _damaged(folder)
-        if damaged is None:
+        why = _damaged(folder)
+        if why is None:
+            for told in damaged:
+                _log.warning("warning: %s; %s is used", told, folder.name)
             return folder
-        _log.warning("warning: %s is damaged (%s); an older checkpoint is used", folder, damaged)
+        damaged.append(f"{folder} is damaged ({why})")
+    if damaged:
+        raise UserError(
+            f"no checkpoint is whole: {'; '.join(damaged)}; restore one of them, or give --overwrite instead of "
+            "--resume to start again"
+        )
     return None
 
 
@@ -257,9 +275,12 @@ def restore(folder: Path, optimizer: Optimizer, schedule: LambdaLR) -> Progress:
 
 def _numbered(output: Path) -> list[Path]:
     """``checkpoint-<step>`` folders, newest first."""
-    found = {path: _NUMBERED.fullmatch(path.name) for path in output.iterdir()} if output.is_dir() else {}
-    steps = {path: int(match[1]) for path, match in found.items() if match}
-    return sorted(steps, key=lambda path: steps[path], reverse=True)
+    found = [path for path in output.iterdir() if _NUMBERED.fullmatch(path.name)] if output.is_dir() else []
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(numbered: Path) -> int:
+    return int(numbered.name.removeprefix("checkpoint-"))
 
 
 def _tidy(output: Path) -> None:

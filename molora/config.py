@@ -157,6 +157,10 @@ class Phase(Section):
     """Parameter groups that train: ``router``, ``lora`` (adapters on the targets), ``attn_lora``."""
 
 
+STEP_COUNTS = ("max_train_steps", "warmup_steps", "val_steps", "save_steps", "log_steps")
+"""Of a training section, besides those of its phases."""
+
+
 class Training(Section):
     type: Literal["sft", "dpo", "orpo", "rm", "ppo"] = "sft"
     phases: Annotated[list[Phase], Field(min_length=1)] = [Phase(step=0, trainable=["router", "lora", "attn_lora"])]
@@ -209,8 +213,7 @@ class Training(Section):
         def convert(micro: int) -> int:
             return -(-micro // self.grad_accum_steps)
 
-        counts = ("warmup_steps", "max_train_steps", "val_steps", "save_steps", "log_steps")
-        changed: dict[str, Any] = {name: convert(getattr(self, name)) for name in counts}
+        changed: dict[str, Any] = {name: convert(getattr(self, name)) for name in STEP_COUNTS}
         changed["phases"] = [phase.model_copy(update={"step": convert(phase.step)}) for phase in self.phases]
         return check(
             Training, self.model_dump() | {k: _dump(v) for k, v in changed.items()} | {"step_unit": "optimizer"}

@@ -96,7 +96,8 @@ class Guard:
                 findings.stop = (
                     f"{self.max_skipped} steps in a row, up to step {step}, changed nothing "
                     f"(training.max_skipped_steps): {weights + ' is not finite; ' if weights else ''}{what}. "
-                    "The checkpoints hold the state before; mend those rows or lower training.lr, and train again"
+                    "What checkpoints there are hold earlier states; mend those rows or lower training.lr, and train "
+                    "again"
                 )
 
     # --- alarms ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from molora import adapter, chat, data, loss, packing, phases, routing
-from molora.config import Config, check
+from molora.config import STEP_COUNTS, Config, Training, check
 from molora.data import Batch, Examples, Row
 from molora.errors import UserError
 from molora.patch import inject, parameter_groups
@@ -245,6 +245,15 @@ def fitting(config: Config, examples: Examples, needs: Any, limit: float) -> lis
     return None
 
 
+def _in_optimizer_steps(training: Training) -> list[str]:
+    """The counts of a preset that are in micro-batches: of smaller ones as many would be fewer rows."""
+    return [
+        "training.step_unit=optimizer",
+        *(f"training.{name}={getattr(training, name)}" for name in STEP_COUNTS),
+        *(f"training.phases.{i}.step={phase.step}" for i, phase in enumerate(training.phases)),
+    ]
+
+
 def _with(config: Config, changed: dict[str, Any]) -> Config:
     tree = config.model_dump()
     for key, value in changed.items():
@@ -256,11 +265,18 @@ def _with(config: Config, changed: dict[str, Any]) -> Config:
     return check(Config, tree)
 
 
-def report(config: Config, output: Path, rows: Sequence[Row], memory_gb: float | None = None) -> None:
+def report(
+    config: Config,
+    output: Path,
+    rows: Sequence[Row],
+    memory_gb: float | None = None,
+    step_unit: Literal["optimizer", "micro"] = "optimizer",
+) -> None:
     """Print what the stage needs, and how long it takes if it fits here.
 
-    ``memory_gb`` plans for a GPU with so much memory instead of the device here. Raises
-    :class:`~molora.errors.UserError` for a model or rows that do not fit together.
+    ``memory_gb`` plans for a GPU with so much memory instead of the device here; ``step_unit`` is that of the preset,
+    which ``config`` was resolved from. Raises :class:`~molora.errors.UserError` for a model or rows that do not fit
+    together.
     """
     device = torch.device("cuda") if memory_gb else adapter.pick_device(config.device)
     base, tokenizer = adapter.describe_base(config)
@@ -293,6 +309,8 @@ def report(config: Config, output: Path, rows: Sequence[Row], memory_gb: float |
     else:
         console.print(f"warning: does not fit: {mine / GB:.2f} GB, and the {named} leave {MARGIN:.0%}")
         settings = fitting(config, examples, needs, MARGIN * memory - context)
+        if settings and step_unit == "micro":
+            settings += _in_optimizer_steps(config.training)
         told = " ".join(f"--set {setting}" for setting in settings or [])
         console.print(f"would fit: {told}" if settings else "no batch size or length would make it fit", soft_wrap=True)
     if memory_gb:

@@ -52,6 +52,17 @@ def require(settings: Logging) -> None:
             module()
 
 
+def log_in(settings: Logging) -> None:
+    """Ask W&B, if it is asked for, whether it knows the user; at a terminal it asks back. Before a run touches what an
+    earlier one left. Raises :class:`UserError` if nobody is logged in."""
+    if settings.wandb:
+        wandb = _wandb()
+        try:
+            wandb.login()
+        except wandb.errors.Error as error:
+            raise _refused(error) from error
+
+
 class TensorBoard:
     """``tensorboard --logdir <output>`` shows it. What an interrupted run wrote after its checkpoint is taken back."""
 
@@ -91,15 +102,19 @@ class WandB:
                 settings=wandb.Settings(console="off"),  # the terminal's lines are in no need of a copy
             )
         except wandb.errors.Error as error:
-            raise UserError(
-                f"logging.wandb: W&B does not take the run ({error}); run `wandb login` once, or set WANDB_MODE=offline"
-            ) from error
+            raise _refused(error) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
+
+
+def _refused(error: Exception) -> UserError:
+    return UserError(
+        f"logging.wandb: W&B does not take the run ({error}); run `wandb login` once, or set WANDB_MODE=offline"
+    )
 
 
 def _tensorboard() -> Any:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from molora import checkpoint, cli, distributed, preflight, trackers
-from molora.adapter import is_adapter, pick_device, read_manifest
+from molora import checkpoint, cli, distributed, preflight, provenance, trackers
+from molora.adapter import check_there, is_adapter, pick_device, read_manifest
 from molora.config import Config, find_preset, load, resolve, to_yaml
 from molora.data import Row, hold_out, read_rows
 from molora.errors import UserError
@@ -25,13 +25,14 @@ def main(arguments: list[str] | None = None) -> None:
     overrides = list(options.set)
     if options.metrics_level:
         overrides.append(f"logging.metrics_level={options.metrics_level}")
-    config = resolve(load(options.preset, overrides))
+    config = load(options.preset, overrides)
     with distributed.joined() as world:
         run(config, options, world)
 
 
 def run(config: Config, options: argparse.Namespace, world: distributed.World) -> None:
     """What the options ask for, with the processes of ``world``."""
+    step_unit, config = config.training.step_unit, resolve(config)
     name = find_preset(options.preset).stem
     if not options.output_dir and not name.strip("."):
         raise UserError(f"{options.preset}: gives no name for a folder in outputs/; give --output-dir")
@@ -39,27 +40,29 @@ def run(config: Config, options: argparse.Namespace, world: distributed.World) -
     if options.print_config:
         print(to_yaml(config), end="")
         return
-    if options.resume and checkpoint.finished(output):
-        print(f"{output}: finished already, nothing to resume")
-        return
     if options.memory_gb and not options.preflight:
         raise UserError("--memory-gb says what --preflight plans for; give both")
     if options.preflight:
         if world.size > 1:
             raise UserError("--preflight looks at one device: run it without torchrun")
-        preflight.report(config, output, check_inputs(config, output, resume=True), options.memory_gb)
+        preflight.report(config, output, check_inputs(config, output, resume=True), options.memory_gb, step_unit)
         return
     given = {"resume": options.resume, "overwrite": options.overwrite, "processes": world.size}
     rows = world.together(lambda: check_inputs(config, output, **given))
     if options.validate_only:
         print(f"{options.preset}: valid, {len(rows)} rows, {config.training.max_train_steps} optimizer steps")
         return
+    if options.resume and checkpoint.finished(output):
+        checkpoint.check_same_run(output / checkpoint.FINAL, config, provenance.collect(config, world.size))
+        print(f"{output}: finished already, nothing to resume")
+        return
     try:
         Trainer(config, output, rows, resume=options.resume, world=world).train()
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU's memory is full ({error}); set model.gradient_checkpointing=non_reentrant, lower "
-            "training.batch_size and raise training.grad_accum_steps, or lower data.max_length; then --overwrite"
+            "training.batch_size and raise training.grad_accum_steps (--preflight says to what, and what else then "
+            "changes), or lower data.max_length; then --overwrite"
         ) from error
 
 
@@ -80,6 +83,8 @@ def check_inputs(
     model = Path(config.model_name)
     if is_adapter(model):
         read_manifest(model)
+    else:
+        check_there(config.model_name)
     if overwrite and output.resolve() in model.resolve().parents:
         raise UserError(f"model_name={model} lies in {output}, which --overwrite would discard; choose another folder")
     if config.data.path is None:

@@ -81,6 +81,7 @@ class Trainer:
         if config.data.packing:
             self.examples = packing.pack(self.examples, config.data.max_length)
         self.held_out = self._encode(val_rows) if val_rows else None
+        self._check_vocabulary()
         self.domains = metrics.Domains(span for example in self.examples.rows for span in data.spans(example))
         self.optimizer, self.schedule = optim.build(self.model, config.training)
         self.guard = guard.Guard(self.model, config.training.max_skipped_steps, self._add_spread or World().sum)
@@ -134,6 +135,17 @@ class Trainer:
         with self.world.first_on_each_machine() if settings.cache else nullcontext():
             return data.encode_rows(self.tokenizer, rows, settings.max_length, cache=settings.cache)
 
+    def _check_vocabulary(self) -> None:
+        """The tokenizer may be another's: on a GPU an index out of range says nothing of where it came from."""
+        rows = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type] # an nn.Embedding
+        examples = [*self.examples.rows, *(self.held_out.rows if self.held_out else ())]
+        largest = max(int(example.input_ids.max()) for example in examples)
+        if largest >= rows:
+            raise UserError(
+                f"model_name: the tokenizer gives the token {largest}, and the model {self.config.model_name!r} has "
+                f"embeddings for {rows}; give it its own tokenizer"
+            )
+
     def train(self) -> None:
         """Train to ``max_train_steps`` and write ``final``.
 
@@ -142,6 +154,8 @@ class Trainer:
         """
         training, progress, meter = self.config.training, self.progress, metrics.Meter()
         first = self.world.first
+        if first:
+            trackers.log_in(self.config.logging)
         if first and not self.resume:
             checkpoint.clear(self.output)
         if first:
@@ -175,7 +189,7 @@ class Trainer:
                 if saving:
                     self.save(f"checkpoint-{progress.step}", resumable=True)
                     if first:
-                        checkpoint.prune(self.output, training.save_total_limit)
+                        checkpoint.prune(self.output, training.save_total_limit, progress.step)
                 if evaluating or saving:
                     meter.restart_clock()
         self.save(checkpoint.FINAL)

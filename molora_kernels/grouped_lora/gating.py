@@ -77,6 +77,7 @@ def gate_bwd_kernel(
     groups_per_head,
     scaling,
     TOP_K: tl.constexpr,
+    AS_PLANES: tl.constexpr,
     E: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -85,8 +86,8 @@ def gate_bwd_kernel(
     """With c = scaling * gate: ds = c * dgated, gated = c * s, dgate_e = scaling * <dgated_e, s_e>.
 
     One program: BLOCK_T tokens and one gate set. Out (T, H, E) goes dgates, or with a router the logits' gradient: from
-    dgates, from ``more`` of them that another projection contributes, and from the routers' sums; in fp32, or as three
-    bf16 planes (3, T, H, E).
+    dgates, from ``more`` of them that another projection contributes, and from the routers' sums; rounded once, or
+    AS_PLANES, three bf16 ones (3, T, H, E).
     """
     i_t, i_h = tl.program_id(0), tl.program_id(1)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -130,14 +131,14 @@ def gate_bwd_kernel(
                 if p_mask is not None:
                     m_t = m_t & (tl.load(p_mask + o_t, mask=m_t, other=0) != 0)
                 b_out += dlogits_of_sums(b_probs, b_lse, tl.load(p_head), b_dprobs, m_t)
-        if p_out.dtype.element_ty == tl.bfloat16:
+        if AS_PLANES:
             plane = tl.cast(T, tl.int64) * (H * E)  # T.to fails where T is 1, which is a constant then
             b_high, b_middle, b_low = bf16_terms(b_out)
             tl.store(p_out + o_out, b_high, mask=m_out)
             tl.store(p_out + plane + o_out, b_middle, mask=m_out)
             tl.store(p_out + 2 * plane + o_out, b_low, mask=m_out)
         else:
-            tl.store(p_out + o_out, b_out, mask=m_out)
+            tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
 
 
 def gate(s_TP: Tensor, gates_THE: Tensor, groups: int, scaling: float) -> Tensor:
@@ -180,8 +181,8 @@ def gate_backward(
     need_dgates: bool,
     router: RouterGrads | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ds and gated (T, P) in s's dtype; dgates, or dlogits where a router is given, (T, H, E) fp32, or its planes
-    (3, T, H, E).
+    """ds and gated (T, P) in s's dtype; dgates, or dlogits where a router is given, (T, H, E) in the gates' dtype, or
+    its planes (3, T, H, E).
 
     Whatever is not needed is empty.
     """
@@ -198,7 +199,7 @@ def gate_backward(
             gate_bwd_kernel[(cdiv(T, BACKWARD_ROWS), H)](
                 dgated_TP, s_TP, gates, ds, gated, logits, more, dsums, mask, out,
                 T, P, R, R // E, H, groups // H, scaling,
-                TOP_K=top_k, E=E, E_PAD=next_power_of_2(E),
+                TOP_K=top_k, AS_PLANES=planes, E=E, E_PAD=next_power_of_2(E),
                 BLOCK_T=BACKWARD_ROWS, BLOCK_R=_block_r(R // E),
                 num_warps=BACKWARD_TILES.num_warps,
             )  # fmt: skip
@@ -231,7 +232,7 @@ def compile_cases(_: Capability) -> Iterator[Case]:
                 pointers=dict.fromkeys(("p_dgated", "p_s", "p_ds", "p_gated"), dtype)
                 | {"p_gates": torch.float32} | (routing | {"p_out": out} if out else {}),
                 scalars={**shape, "r": r, "groups_per_head": groups // H, "scaling": 2.0},
-                constants=dict(TOP_K=min(2, E), E=E, E_PAD=next_power_of_2(E), BLOCK_T=BACKWARD_ROWS)
+                constants=dict(TOP_K=min(2, E), AS_PLANES=out == torch.bfloat16, E=E, E_PAD=next_power_of_2(E), BLOCK_T=BACKWARD_ROWS)
                 | dict(BLOCK_R=_block_r(r)) | ({} if out else dict.fromkeys((*routing, "p_out"))),
                 tiles=BACKWARD_TILES,
                 tensor_cores=False,

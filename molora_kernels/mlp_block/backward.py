@@ -112,6 +112,7 @@ def backward(
     dh.addmm_(dy_TK, weights[2])
     h, dh_gate, dh_up = swiglu_backward(h_gate, h_up, dh, need_h=need_dlora or (need_drouter and own_router))
     of_down = down.weight_terms(h, [dy_TK], ds, gated, own_dlogits, need_dlora, need_drouter and own_router)
+    del h  # as wide as the block
 
     # gate and up
     gate_up = adapter(IN, 0, gates_in)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -113,9 +114,34 @@ def test_damaged_files_are_found(saved):
     with pytest.raises(molora.UserError, match="missing"):
         molora.load(folder, device="cpu")
     weights.write_bytes(whole)
+    manifest = json.loads((folder / adapter.MANIFEST).read_text())
+    (folder / adapter.MANIFEST).write_text(json.dumps(manifest | {"base_model": None}))
+    with pytest.raises(molora.UserError, match=r"needs the keys .*base_model \(str\)"):
+        molora.load(folder, device="cpu")
     (folder / adapter.MANIFEST).write_text('{"format": 1')
     with pytest.raises(molora.UserError, match="not readable"):
         molora.load(folder, device="cpu")
+    (folder / adapter.MANIFEST).write_text(json.dumps(manifest))
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(molora.UserError, match=r"tokenizer\.json: cannot be read"):
+        molora.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"num_hidden_layers": 3}, r"lack weights .*missing: model\.layers\.2\."),
+        ({"intermediate_size": 96}, "cannot be loaded"),
+        ({"hidden_size": "wide"}, "cannot be loaded"),
+        ([], "cannot be loaded"),
+    ],
+)
+def test_a_base_whose_files_do_not_fit_together_is_refused(tiny_model_dir, tmp_path, changed, told):
+    shutil.copytree(tiny_model_dir, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed if changed else changed))
+    with pytest.raises(molora.UserError, match=told):
+        molora.load(tmp_path / "base", device="cpu")
 
 
 def test_missing_extra_and_misshapen_tensors_are_named(saved):
@@ -143,6 +169,9 @@ def test_nothing_by_that_name(tmp_path):
         molora.load(tmp_path / "empty")
     with pytest.raises(molora.UserError, match="is no device"):
         molora.load(tmp_path / "empty", device="gpu0")
+    for device in ("meta", "xla"):
+        with pytest.raises(molora.UserError, match=f"'{device}' cannot be used here"):
+            molora.load(tmp_path / "empty", device=device)
 
 
 def test_a_failed_save_leaves_the_older_files_whole(saved, monkeypatch):

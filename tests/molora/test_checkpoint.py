@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from molora import checkpoint
+from molora import checkpoint, config
 from molora.errors import UserError
 from molora.files import file_sha256
 
@@ -57,14 +57,24 @@ def test_the_newest_whole_checkpoint_by_number(tmp_path: Path, caplog: pytest.Lo
     (tmp_path / "checkpoint-10" / "SHA256SUMS").write_text("")
     (tmp_path / "checkpoint-9" / "a").write_text("altered")
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-2"
-    assert "SHA256SUMS is empty" in caplog.text
+    assert "SHA256SUMS is empty); checkpoint-2 is used" in caplog.text
     (tmp_path / "checkpoint-2" / "SHA256SUMS").write_text("nonsense\n")
-    assert checkpoint.newest(tmp_path) is None
+    with pytest.raises(UserError, match=r"no checkpoint is whole: .*checkpoint-10 .*--overwrite"):
+        checkpoint.newest(tmp_path)
 
 
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     make_run(tmp_path, 2, 9, 10, final=True)
-    checkpoint.prune(tmp_path, None)
+    checkpoint.prune(tmp_path, None, 10)
     assert len(names(tmp_path)) == 5
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path, 1, 9)  # the run went on from before a damaged checkpoint-10
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-9", "final", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "link"])
+def test_an_output_that_cannot_be_made_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="choose another --output-dir"):
+        checkpoint.claim(tmp_path / name, resume=False, overwrite=False)
+    with pytest.raises(UserError, match="choose another --output-dir"):
+        checkpoint.describe(tmp_path / name, config.Config(), {})

@@ -166,9 +166,25 @@ def test_what_does_not_fit_is_warned_of_with_settings_that_do(
     assert "training.batch_size=" in line
     settings = make_config(*[word for word in line.split() if "=" in word])
     assert settings.training.batch_size * settings.training.grad_accum_steps == 16
+    assert settings.training.max_train_steps == 100
     assert "fits: " in preflown(capsys, settings, tmp_path, "--memory-gb", "0.0055")
     hopeless = preflown(capsys, make_config(), tmp_path, "--memory-gb", "0.001")
     assert "no batch size or length would make it fit" in hopeless
+
+
+def test_advice_for_a_preset_in_micro_batches_keeps_its_rows(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "CUDA_CONTEXT", 0)
+    phases = "training.phases=[{step: 0, trainable: [router]}, {step: 20, trainable: [lora]}]"
+    micro = make_config(phases)
+    counted = micro.training.model_copy(update={"step_unit": "micro"})
+    shown = preflown(capsys, micro.model_copy(update={"training": counted}), tmp_path, "--memory-gb", "0.0055")
+    [line] = [line for line in shown.splitlines() if line.startswith("would fit: ")]
+    settings = make_config(phases, *[word for word in line.split() if "=" in word])
+    assert settings.training.batch_size * settings.training.grad_accum_steps == 16
+    assert settings.training.max_train_steps == 50
+    assert [phase.step for phase in settings.training.phases] == [0, 10]
 
 
 @pytest.mark.parametrize("arguments", [["--memory-gb", "24"], ["--preflight", "--memory-gb", "0"]])

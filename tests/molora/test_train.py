@@ -169,6 +169,8 @@ def test_a_finished_run_is_kept_unless_told_otherwise(
     assert "holds a finished run" in capsys.readouterr().err
     assert run(*stage1(tiny_model_dir), "--resume") == 0
     assert "finished already" in capsys.readouterr().out
+    assert run(*stage1(tiny_model_dir, "--set", "seed=1"), "--resume") == 2
+    assert "was trained with seed=42, now it is 1" in capsys.readouterr().err
     assert run(*stage1(output / "final"), "--overwrite") == 2
     assert run(*stage1(tiny_model_dir), "--overwrite", "--resume") == 2
     assert snapshot(workplace) == before
@@ -191,6 +193,9 @@ BAD = {
     "unknown group": (["--set", "training.phases.0.trainable=[routr]"], "training.phases.0.trainable.0"),
     "missing preset": (["--preset", "none.yml"], "none.yml: no such file"),
     "missing model": (["--set", "model_name=outputs/a/final"], "outputs/a/final"),
+    "a path": (["--set", "model_name=nope/foo/bar", "--validate-only"], "no folder 'nope/foo/bar' here"),
+    "folder of a run": (["--set", "model_name=a_run"], "give 'a_run/final'"),
+    "attention": (["--set", "model.attn_implementation=flash_attention_2"], "model.attn_implementation=auto"),
     "no model": (["--set", "model_name=null"], "model_name is missing"),
     "not a model": (["--set", "model_name=data"], "'data' cannot be loaded"),
     "other backbone": (["--set", "backbone=qwen3"], "backbone"),
@@ -214,6 +219,9 @@ def test_bad_input_gets_one_line_and_changes_nothing(
     (workplace / "bad.jsonl").write_text('{"text": "a"}\n{"text": "b"\n')
     (workplace / "empty.jsonl").write_text("\n")
     (workplace / "columns.jsonl").write_text('{"question": "a"}\n')
+    for name in ("checkpoint-2", "final"):
+        (workplace / "a_run" / name).mkdir(parents=True)
+        (workplace / "a_run" / name / "molora.json").write_text("{}")
     before = snapshot(workplace)
     arguments, message = BAD[case]
     assert run(*stage1(tiny_model_dir), *arguments) == 2

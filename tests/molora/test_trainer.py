@@ -147,6 +147,28 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert_same_run(whole, damaged)
 
 
+def test_what_is_refused_late_leaves_the_earlier_run(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make_config("training.max_train_steps=2"), tmp_path / "run")
+    before = sorted(tmp_path.joinpath("run").rglob("*"))
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb, "login", lambda: (_ for _ in ()).throw(wandb.errors.UsageError("no key")))
+    with pytest.raises(UserError, match=r"no key.*wandb login"):
+        run(make_config("logging.wandb=true"), tmp_path / "run")
+    encode = data.encode_rows
+
+    def foreign(*given: Any, **settings: Any) -> data.Examples:
+        examples = encode(*given, **settings)
+        examples.rows[-1].input_ids[-1] = 320
+        return examples
+
+    monkeypatch.setattr(data, "encode_rows", foreign)
+    with pytest.raises(UserError, match=r"gives the token 320, and the model .* has embeddings for 320"):
+        run(make_config(), tmp_path / "run")
+    assert sorted(tmp_path.joinpath("run").rglob("*")) == before
+
+
 def test_resuming_with_other_settings_or_data_is_refused(
     make_config: MakeConfig, tmp_path: Path, rows_file: Path
 ) -> None:
