@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
-    torch.backends.mkldnn.enabled = False
+    torch.backends.mkldnn.enabled = False  # to make a small bf16 product ready, oneDNN takes longer than cuBLAS in all
     shape = step.Shape(model="micro", rows=1, length=4, dtype="bf16", checkpointing=options.checkpointing)
     small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     step.MODELS["micro"] = {**small, "num_hidden_layers": FEW, "vocab_size": 256}

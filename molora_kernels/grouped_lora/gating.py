@@ -232,8 +232,9 @@ def compile_cases(_: Capability) -> Iterator[Case]:
                 pointers=dict.fromkeys(("p_dgated", "p_s", "p_ds", "p_gated"), dtype)
                 | {"p_gates": torch.float32} | (routing | {"p_out": out} if out else {}),
                 scalars={**shape, "r": r, "groups_per_head": groups // H, "scaling": 2.0},
-                constants=dict(TOP_K=min(2, E), AS_PLANES=out == torch.bfloat16, E=E, E_PAD=next_power_of_2(E), BLOCK_T=BACKWARD_ROWS)
-                | dict(BLOCK_R=_block_r(r)) | ({} if out else dict.fromkeys((*routing, "p_out"))),
+                constants=dict(TOP_K=min(2, E), AS_PLANES=out == torch.bfloat16, E=E, E_PAD=next_power_of_2(E))
+                | dict(BLOCK_T=BACKWARD_ROWS, BLOCK_R=_block_r(r))
+                | ({} if out else dict.fromkeys((*routing, "p_out"))),
                 tiles=BACKWARD_TILES,
                 tensor_cores=False,
             )  # fmt: skip

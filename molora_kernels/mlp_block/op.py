@@ -131,11 +131,11 @@ def _mlp_block_bwd(
     """(dx, da, db, drouter_weights, drouter_biases); what is not needed is empty"""
     args = (dy, dsums, x, weights, lora_a, lora_b, router_weights, saved, mask, dropout_seed, top_k, scaling, dropout_p)
     needs = (need_dx, need_dlora, need_drouter)
-    if backend_for(x.device) == "triton":
-        from molora_kernels.mlp_block import backward
-
-        return backward.backward(*args, *needs, form)
     with autocast.off(x):  # backward may be called under autocast, though it should not be
+        if backend_for(x.device) == "triton":
+            from molora_kernels.mlp_block import backward
+
+            return backward.backward(*args, *needs, form)
         return portable.backward(*args, *needs, form)
 
 
