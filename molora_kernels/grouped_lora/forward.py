@@ -161,7 +161,9 @@ class Routers(NamedTuple):
     weight: Tensor
     """(H, E, K) fp32, or where it rides along the bf16 planes of it, (3, H * E, K)"""
     bias: Tensor | None
+    """(H * E,) fp32"""
     selection_bias: Tensor | None
+    """(H * E,) fp32"""
     mask: Tensor | None
     top_k: int
 
