@@ -40,7 +40,7 @@ from molora.config import Config, LoadPrecision, check
 from molora.config import Data as DataConfig
 from molora.data import Batch, Collate, Example, Row, read_rows
 from molora.errors import UserError
-from molora.files import file_sha256, write_text
+from molora.files import check_target, file_sha256, write_text
 from molora.generate import Answer, decode, generate_tokens, prefix_cache
 from molora.journal import Journal, digest
 from molora.loss import CHUNK_ELEMENTS, after_head, check_head
@@ -338,6 +338,8 @@ def main(arguments: list[str] | None = None) -> None:
     baseline = options.baseline or (options.model or [""])[0]
     if options.model and baseline not in options.model:
         raise UserError(f"--baseline {baseline}: is none of the models; write it as one --model is written")
+    if options.output:
+        check_target(options.output, options.bench)
     console, results, tasks = Console(), {}, {}
     if options.bench or not options.lm_eval:
         results = measured(options)

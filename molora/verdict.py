@@ -20,7 +20,7 @@ from rich.console import Console
 
 from molora import cli, evaluate
 from molora.errors import UserError
-from molora.files import write_text
+from molora.files import check_target, write_text
 from molora.scores import ALL, METHOD, BenchResult, Difference, Measure, Results, Runs, columns, difference
 
 ACQUIRED, KEPT, SLIGHTLY = 0.02, 0.02, 0.05
@@ -143,6 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     if bool(options.results) == bool(options.model):
         raise UserError("give files of results, or three times --model with --bench, and not both")
+    if options.output:
+        check_target(options.output, [*options.results, *options.bench])
     results = read_results(options.results) if options.results else evaluate.measured(options)
     general, maths = _benches(results, options)
     shown = {name: {"general": of[general], "maths": of[maths]} for name, of in results.items()}

@@ -63,6 +63,7 @@ def add_parser(subparsers) -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
+    files.check_target(options.out)
     if options.out.exists() and not options.overwrite:
         raise UserError(f"{options.out}: exists already; choose another --out, or replace it with --overwrite")
     mapping = parse_map(options.map) if options.map else None

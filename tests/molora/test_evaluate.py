@@ -170,9 +170,14 @@ def test_command_line(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.Captu
         (["--model", "x", "--baseline", "y"], "--baseline y: is none of the models"),
         ([], "--model is missing"),
         (["--model", "./nowhere"], "nowhere"),
+        (["--model", "./nowhere", "--output", "rows.jsonl"], "rows.jsonl: is read here"),
+        (["--model", "./nowhere", "--output", "."], "is a folder"),
     ],
 )
-def test_command_line_refuses(arguments: list[str], message: str, rows_file: Path) -> None:
+def test_command_line_refuses(
+    arguments: list[str], message: str, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(rows_file.parent)
     with pytest.raises(UserError, match=message):
         evaluate.main([*arguments, "--bench", str(rows_file)])
 

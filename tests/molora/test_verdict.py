@@ -106,6 +106,7 @@ def test_command_line_measures_models(monkeypatch: pytest.MonkeyPatch, capsys: p
         (["{three}", "--maths", "other"], "--maths: which bench"),
         (["{broken}"], "not results of python -m molora.evaluate"),
         (["{missing}"], "not results of python -m molora.evaluate"),
+        (["{three}", "--output", "{three}"], "is read here"),
     ],
 )
 def test_command_line_refuses(arguments: list[str], message: str, tmp_path: Path) -> None:
