@@ -36,6 +36,7 @@ from molora.errors import UserError
         (["training.lr.x=3"], "is a value"),
         (["training.lr"], "write it as key.path=value"),
         (["training.lr=[1"], "not valid YAML"),
+        (["moe.load_balance={type: none, type: aux_loss}"], "the key 'type' is there twice"),
     ],
 )
 def test_bad_values_are_explained(overrides: list[str], message: str) -> None:
@@ -53,7 +54,13 @@ def test_every_problem_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("a: [", "not valid YAML"), ("- 1", "expected keys"), ("\x00", "not valid YAML")]
+    ("content", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1", "expected keys"),
+        ("\x00", "not valid YAML"),
+        ("training:\n  lr: 1\n  batch_size: 1\n  lr: 2", "the key 'lr' is there twice .*line 4"),
+    ],
 )
 def test_bad_files_are_explained(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "p.yml"
