@@ -209,12 +209,17 @@ class Training(Section):
         def convert(micro: int) -> int:
             return -(-micro // self.grad_accum_steps)
 
+        for i, (early, late) in enumerate(itertools.pairwise(phase.step for phase in self.phases)):
+            if convert(early) == convert(late):
+                raise UserError(
+                    f"training.phases.{i}.step={early} and training.phases.{i + 1}.step={late} are one optimizer step, "
+                    f"since training.step_unit=micro and training.grad_accum_steps={self.grad_accum_steps}; set them "
+                    "at least so far apart"
+                )
         counts = ("warmup_steps", "max_train_steps", "val_steps", "save_steps", "log_steps")
         changed: dict[str, Any] = {name: convert(getattr(self, name)) for name in counts}
         changed["phases"] = [phase.model_copy(update={"step": convert(phase.step)}) for phase in self.phases]
-        return check(
-            Training, self.model_dump() | {k: _dump(v) for k, v in changed.items()} | {"step_unit": "optimizer"}
-        )
+        return self.model_copy(update=changed | {"step_unit": "optimizer"})
 
 
 class Data(Section):
@@ -386,10 +391,6 @@ def check(section: type[AnySection], tree: Mapping[str, Any], where: str = "the 
 def to_yaml(config: Section) -> str:
     """The configuration as YAML with every key present, in the order of the schema."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
-
-
-def _dump(value: Any) -> Any:
-    return [item.model_dump() for item in value] if isinstance(value, list) else value
 
 
 def _one_line(error: object) -> str:

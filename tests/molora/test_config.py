@@ -126,6 +126,14 @@ def test_whatever_the_tree_it_is_checked_or_explained(tree: object) -> None:
         assert str(error)
 
 
+def test_phases_of_one_optimizer_step_are_named_as_they_were_written() -> None:
+    phases = ", ".join(f"{{step: {step}, trainable: [lora]}}" for step in range(3))
+    units = ["training.step_unit=micro", "training.grad_accum_steps=4"]
+    loaded = config.load(None, [*units, f"training.phases=[{phases}]"])
+    with pytest.raises(UserError, match=r"phases\.1\.step=1 and training\.phases\.2\.step=2 are one optimizer step"):
+        config.resolve(loaded)
+
+
 def key_paths(tree: dict[str, object], before: str = "") -> list[str]:
     """Every key of a configuration, sections too, as ``--set`` names them."""
     paths: list[str] = []
