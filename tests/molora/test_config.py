@@ -134,6 +134,26 @@ def test_phases_of_one_optimizer_step_are_named_as_they_were_written() -> None:
         config.resolve(loaded)
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (
+            "training.phases=[{step: 0, trainable: [router]}, {step: 7, trainable: [lora]}]",
+            "begins at optimizer step 4 and training ends after 4",
+        ),
+        ("training.warmup_steps=7", "warm-up of 4 optimizer steps is not over"),
+        ("training.val_steps=7", "val_steps=4 evaluates nothing"),
+    ],
+)
+def test_what_has_no_effect_is_warned_of(override: str, told: str, caplog: pytest.LogCaptureFixture) -> None:
+    config._warn.cache_clear()
+    fixed = ["training.step_unit=micro", "training.grad_accum_steps=2", "training.max_train_steps=8"]
+    for _ in range(2):
+        config.resolve(config.load(None, [*fixed, override]))
+    (record,) = caplog.records
+    assert told in record.message
+
+
 def key_paths(tree: dict[str, object], before: str = "") -> list[str]:
     """Every key of a configuration, sections too, as ``--set`` names them."""
     paths: list[str] = []
