@@ -273,7 +273,7 @@ class Config(Section):
     data: Data = Data()
     logging: Logging = Logging()
     kernels: Kernels = Kernels()
-    seed: Count = 42
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 42
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -323,6 +323,11 @@ _Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+# A path or a name may look like a date; no value is one.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
+    for first, found in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def parse_value(text: str) -> Any:
@@ -346,7 +351,7 @@ def load(preset: str | Path | None = None, overrides: Iterable[str] = ()) -> Con
             raise UserError(f"--set {override!r}: write it as key.path=value, e.g. training.lr=1e-5")
         try:
             value = parse_value(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # 0x_ looks like a number, and is none
             raise UserError(f"--set {override!r}: the value is not valid YAML ({_one_line(error)})") from error
         _assign(tree, key.strip().split("."), value, override)
     return check(Config, tree, where=str(preset) if preset else "the configuration")
@@ -436,7 +441,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({_one_line(error)})") from error
     try:
         tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML ({_one_line(error)})") from error
     if tree is None:
         return {}
@@ -451,7 +456,7 @@ def _assign(tree: dict[str, Any], keys: list[str], value: Any, override: str) ->
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
+            if not key.isdecimal() or int(key) >= len(node):
                 raise UserError(
                     f"--set {override!r}: {'.'.join(keys[:depth])} is a list of {len(node)}; "
                     f"use an index from 0 to {len(node) - 1}, not {key!r}"

@@ -315,6 +315,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
     if not 0 <= options.temperature < float("inf"):
         raise UserError(f"--temperature {options.temperature}: must be 0 (greedy) or a positive number")
+    if not -(2**63) <= options.seed < 2**64:
+        raise UserError(f"--seed {options.seed}: must be from -2^63 to 2^64 - 1")
     torch.manual_seed(options.seed)
     model, tokenizer = load(options.model, options.device, options.precision)
     console = Console(highlight=False)

@@ -36,6 +36,9 @@ from molora.errors import UserError
         (["training.lr.x=3"], "is a value"),
         (["training.lr"], "write it as key.path=value"),
         (["training.lr=[1"], "not valid YAML"),
+        (["training.lr=0x_"], "not valid YAML"),
+        (["training.phases.²=1"], "use an index from 0 to 0, not '²'"),
+        (["seed=18446744073709551616"], "seed: input should be less than"),
         (["moe.load_balance={type: none, type: aux_loss}"], "the key 'type' is there twice"),
     ],
 )
@@ -59,6 +62,7 @@ def test_every_problem_is_told_at_once() -> None:
         ("a: [", "not valid YAML"),
         ("- 1", "expected keys"),
         ("\x00", "not valid YAML"),
+        ("seed: 0x_", "not valid YAML"),
         ("training:\n  lr: 1\n  batch_size: 1\n  lr: 2", "the key 'lr' is there twice .*line 4"),
     ],
 )
@@ -77,6 +81,7 @@ def test_overrides_mean_what_yaml_means() -> None:
     assert loaded.training.phases[0].trainable == ["lora"]
     assert loaded.model_name == "a=b"
     assert config.load(None, ["training.lr=0"]).training.lr == 0
+    assert config.load(None, ["data.path=2024-13-45"]).data.path == "2024-13-45"
 
 
 def test_what_is_saved_loads_as_the_same(tmp_path: Path) -> None:
