@@ -387,9 +387,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measured(options: argparse.Namespace) -> dict[str, dict[str, BenchResult]]:
     """model -> bench -> result for the options of :func:`add_options`. Raises :class:`UserError` for bad ones."""
-    for name in ("max_new_tokens", "batch_size", "limit"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    cli.require_positive(options, "max_new_tokens", "batch_size", "limit")
     for name in ("model", "bench"):
         if not getattr(options, name):
             raise UserError(f"--{name} is missing: what is to be measured?")

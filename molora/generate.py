@@ -311,8 +311,7 @@ def pick_router(names: Sequence[str], layer: int | None, projection: str | None)
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ``arguments`` default to the process's own. Raises :class:`UserError` for bad input."""
     options = _parse(arguments)
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
+    cli.require_positive(options, "max_new_tokens")
     if not 0 <= options.temperature < float("inf"):
         raise UserError(f"--temperature {options.temperature}: must be 0 (greedy) or a positive number")
     if not -(2**63) <= options.seed < 2**64:
