@@ -345,6 +345,7 @@ def load(preset: str | Path | None = None, overrides: Iterable[str] = ()) -> Con
     tree: dict[str, Any] = {}
     if preset is not None:
         tree = _read_yaml(find_preset(preset))
+    given: dict[str, str] = {}
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key.strip():
@@ -354,7 +355,8 @@ def load(preset: str | Path | None = None, overrides: Iterable[str] = ()) -> Con
         except (yaml.YAMLError, ValueError) as error:  # 0x_ looks like a number, and is none
             raise UserError(f"--set {override!r}: the value is not valid YAML ({_one_line(error)})") from error
         _assign(tree, key.strip().split("."), value, override)
-    return check(Config, tree, where=str(preset) if preset else "the configuration")
+        given[key.strip()] = f"--set {override}"
+    return check(Config, tree, where=str(preset) if preset else "the configuration", given=given)
 
 
 def presets_folder() -> Path:
@@ -416,13 +418,33 @@ def _warn(told: str) -> None:
     _log.warning("warning: %s", told)
 
 
-def check(section: type[AnySection], tree: Mapping[str, Any], where: str = "the configuration") -> AnySection:
-    """Build a section from plain data; raise one :class:`UserError` that lists everything wrong with it."""
+def check(
+    section: type[AnySection],
+    tree: Mapping[str, Any],
+    where: str = "the configuration",
+    given: Mapping[str, str] | None = None,
+) -> AnySection:
+    """Build a section from plain data; raise one :class:`UserError` that lists everything wrong with it.
+
+    ``where`` is what the data came from, and ``given`` says so for single keys.
+    """
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        problems = [_teach(section, dict(item)) for item in error.errors()]
-        raise UserError(f"{where}: " + "; ".join(dict.fromkeys(problems))) from None
+        problems: dict[str, list[str]] = {}
+        for item in error.errors():
+            source = _source(".".join(map(str, item["loc"])), where, given or {})
+            problems.setdefault(source, []).append(_teach(section, dict(item)))
+        told = (f"{source}: {'; '.join(dict.fromkeys(of))}" for source, of in problems.items())
+        raise UserError("; ".join(told)) from None
+
+
+def _source(path: str, where: str, given: Mapping[str, str]) -> str:
+    """What the value at ``path`` came from: ``where``, one of the keys ``given``, or several of both."""
+    if over := [source for key, source in given.items() if f"{path}.".startswith(f"{key}.")]:
+        return over[-1]
+    inside = [source for key, source in given.items() if not path or key.startswith(f"{path}.")]
+    return " with ".join([where, " ".join(inside)]) if inside else where
 
 
 def to_yaml(config: Section) -> str:

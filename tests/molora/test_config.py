@@ -56,6 +56,18 @@ def test_every_problem_is_told_at_once() -> None:
     assert "'injection.lora_rr'" in str(error.value)
 
 
+def test_a_problem_is_told_of_where_it_came_from(tmp_path: Path) -> None:
+    path = tmp_path / "p.yml"
+    path.write_text("seed: -1\ninjection: {num_experts: 4}")
+    with pytest.raises(UserError) as error:
+        config.load(path, ["injection.top_k=5", "training.phases.0.step=x", "logging.wandb=false"])
+    told = str(error.value)
+    assert "--set training.phases.0.step=x: training.phases.0.step: input" in told
+    assert f"{path}: seed: input" in told
+    assert f"{path} with --set injection.top_k=5: injection: top_k=5 is larger than num_experts=4" in told
+    assert "wandb" not in told
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
