@@ -33,6 +33,12 @@ def _finite(value: float) -> float:
     return value
 
 
+def _named(paths: str | list[str] | None) -> str | list[str] | None:
+    if paths == []:
+        raise ValueError("an empty list names no file; give one JSONL file or several")
+    return paths
+
+
 Real = Annotated[float, AfterValidator(_finite)]
 NonNegative = Annotated[Real, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -230,7 +236,7 @@ class Data(Section):
     format: Literal["raw"] = "raw"
     """``raw``: JSONL rows as text, tokenised here."""
     task: Literal["sft"] = "sft"
-    path: str | list[str] | None = None
+    path: Annotated[str | list[str] | None, AfterValidator(_named)] = None
     """JSONL file or files with rows ``{"prompt", "response"}``, ``{"text"}`` or ``{"messages"}``."""
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Tokens per row; longer rows are truncated at the end and then carry no end-of-sequence token."""

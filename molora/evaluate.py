@@ -348,6 +348,8 @@ def main(arguments: list[str] | None = None) -> None:
     baseline = options.baseline or (options.model or [""])[0]
     if options.model and baseline not in options.model:
         raise UserError(f"--baseline {baseline}: is none of the models; write it as one --model is written")
+    if not options.lm_eval and (options.lm_eval_path or options.lm_eval_chat):
+        raise UserError("--lm-eval-path and --lm-eval-chat say how --lm-eval asks; give it too")
     if options.output:
         check_target(options.output, options.bench)
     console, results, tasks = Console(), {}, {}
@@ -450,7 +452,7 @@ def _write(options: argparse.Namespace, baseline: str, results: Results, tasks: 
                 entry["difference"] = differences([results[baseline][bench]], [result])
             entries.append(entry)
     tree: dict[str, Any] = {
-        "provenance": provenance.collect(Config(data=DataConfig(path=options.bench))),
+        "provenance": provenance.collect(Config(data=DataConfig(path=options.bench or None))),
         "settings": {name: getattr(options, name) for name in ("max_new_tokens", "batch_size", "limit", "precision")},
         "baseline": baseline,
         "method": METHOD,

@@ -312,6 +312,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ``arguments`` default to the process's own. Raises :class:`UserError` for bad input."""
     options = _parse(arguments)
     cli.require_positive(options, "max_new_tokens")
+    if not options.show_routing and (options.routing_layer is not None or options.routing_projection is not None):
+        raise UserError("--routing-layer and --routing-projection say what --show-routing shows; give it too")
     if not 0 <= options.temperature < float("inf"):
         raise UserError(f"--temperature {options.temperature}: must be 0 (greedy) or a positive number")
     if not -(2**63) <= options.seed < 2**64:

@@ -38,6 +38,7 @@ from molora.errors import UserError
         (["training.lr=[1"], "not valid YAML"),
         (["training.lr=0x_"], "not valid YAML"),
         (["training.phases.²=1"], "use an index from 0 to 0, not '²'"),
+        (["data.path=[]"], r"data\.path: an empty list names no file"),
         (["seed=18446744073709551616"], "seed: input should be less than"),
         (["moe.load_balance={type: none, type: aux_loss}"], "the key 'type' is there twice"),
     ],

@@ -179,6 +179,8 @@ def test_command_line(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.Captu
         (["--model", "./nowhere"], "nowhere"),
         (["--model", "./nowhere", "--output", "rows.jsonl"], "rows.jsonl: is read here"),
         (["--model", "./nowhere", "--output", "."], "is a folder"),
+        (["--model", "./nowhere", "--lm-eval-path", "."], "say how --lm-eval asks"),
+        (["--model", "./nowhere", "--lm-eval-chat"], "say how --lm-eval asks"),
     ],
 )
 def test_command_line_refuses(
