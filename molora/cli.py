@@ -20,6 +20,13 @@ def add_model_options(parser: argparse.ArgumentParser, precisions: Sequence[str]
     parser.add_argument("--precision", default="auto", choices=precisions, help="of the base (default: %(default)s)")
 
 
+def require_positive(options: argparse.Namespace, *names: str) -> None:
+    """Raise :class:`UserError` if one of these options is given and below 1."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Call ``main`` and exit: 0 when it returns, 2 after a line ``error: …`` for a :class:`UserError` or a full disk,
     130 when interrupted.

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -20,6 +22,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from molora.errors import UserError
 
+_log = logging.getLogger(__name__)
+
 Group = Literal["router", "lora", "attn_lora"]
 
 
@@ -27,6 +31,12 @@ def _finite(value: float) -> float:
     if not math.isfinite(value):
         raise ValueError(f"must be a finite number, not {value}")
     return value
+
+
+def _named(paths: str | list[str] | None) -> str | list[str] | None:
+    if paths == []:
+        raise ValueError("an empty list names no file; give one JSONL file or several")
+    return paths
 
 
 Real = Annotated[float, AfterValidator(_finite)]
@@ -213,18 +223,23 @@ class Training(Section):
         def convert(micro: int) -> int:
             return -(-micro // self.grad_accum_steps)
 
+        for i, (early, late) in enumerate(itertools.pairwise(phase.step for phase in self.phases)):
+            if convert(early) == convert(late):
+                raise UserError(
+                    f"training.phases.{i}.step={early} and training.phases.{i + 1}.step={late} are one optimizer step, "
+                    f"since training.step_unit=micro and training.grad_accum_steps={self.grad_accum_steps}; set them "
+                    "at least so far apart"
+                )
         changed: dict[str, Any] = {name: convert(getattr(self, name)) for name in STEP_COUNTS}
         changed["phases"] = [phase.model_copy(update={"step": convert(phase.step)}) for phase in self.phases]
-        return check(
-            Training, self.model_dump() | {k: _dump(v) for k, v in changed.items()} | {"step_unit": "optimizer"}
-        )
+        return self.model_copy(update=changed | {"step_unit": "optimizer"})
 
 
 class Data(Section):
     format: Literal["raw"] = "raw"
     """``raw``: JSONL rows as text, tokenised here."""
     task: Literal["sft"] = "sft"
-    path: str | list[str] | None = None
+    path: Annotated[str | list[str] | None, AfterValidator(_named)] = None
     """JSONL file or files with rows ``{"prompt", "response"}``, ``{"text"}`` or ``{"messages"}``."""
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Tokens per row; longer rows are truncated at the end and then carry no end-of-sequence token."""
@@ -267,7 +282,7 @@ class Config(Section):
     data: Data = Data()
     logging: Logging = Logging()
     kernels: Kernels = Kernels()
-    seed: Count = 42
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 42
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -298,7 +313,16 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-5`` as a string; people mean a number."""
+    """YAML 1.1 reads ``1e-5`` as a string; people mean a number. Of a key that is there twice it takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -308,6 +332,11 @@ _Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+# A path or a name may look like a date; no value is one.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
+    for first, found in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def parse_value(text: str) -> Any:
@@ -325,16 +354,18 @@ def load(preset: str | Path | None = None, overrides: Iterable[str] = ()) -> Con
     tree: dict[str, Any] = {}
     if preset is not None:
         tree = _read_yaml(find_preset(preset))
+    given: dict[str, str] = {}
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key.strip():
             raise UserError(f"--set {override!r}: write it as key.path=value, e.g. training.lr=1e-5")
         try:
             value = parse_value(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # 0x_ looks like a number, and is none
             raise UserError(f"--set {override!r}: the value is not valid YAML ({_one_line(error)})") from error
         _assign(tree, key.strip().split("."), value, override)
-    return check(Config, tree, where=str(preset) if preset else "the configuration")
+        given[key.strip()] = f"--set {override}"
+    return check(Config, tree, where=str(preset) if preset else "the configuration", given=given)
 
 
 def presets_folder() -> Path:
@@ -364,26 +395,70 @@ def find_preset(preset: str | Path) -> Path:
 
 
 def resolve(config: Config) -> Config:
-    """``config`` with all step counts in optimizer steps: the form that training uses and saves."""
-    return config.model_copy(update={"training": config.training.in_optimizer_steps()})
+    """``config`` with all step counts in optimizer steps: the form that training uses and saves.
+
+    Warns of what has no effect, and is no error because a run that is tried for a few steps has such things too.
+    """
+    training = config.training.in_optimizer_steps()
+    for told in _without_effect(training):
+        _warn(told)
+    return config.model_copy(update={"training": training})
 
 
-def check(section: type[AnySection], tree: Mapping[str, Any], where: str = "the configuration") -> AnySection:
-    """Build a section from plain data; raise one :class:`UserError` that lists everything wrong with it."""
+def _without_effect(training: Training) -> Iterator[str]:
+    steps = training.max_train_steps
+    for i, phase in enumerate(training.phases):
+        if phase.step >= steps:
+            yield (
+                f"training.phases.{i} begins at optimizer step {phase.step} and training ends after {steps}, so it "
+                f"never does; lower training.phases.{i}.step or raise training.max_train_steps"
+            )
+    if training.warmup_steps >= steps:
+        yield (
+            f"the warm-up of {training.warmup_steps} optimizer steps is not over when training ends after {steps}, so "
+            "training.lr is never reached; lower training.warmup_steps or raise training.max_train_steps"
+        )
+    if training.val_steps and not training.val_size:
+        yield f"training.val_steps={training.val_steps} evaluates nothing: no rows are held out; set training.val_size"
+
+
+@cache  # once: a program may resolve the same configuration several times
+def _warn(told: str) -> None:
+    _log.warning("warning: %s", told)
+
+
+def check(
+    section: type[AnySection],
+    tree: Mapping[str, Any],
+    where: str = "the configuration",
+    given: Mapping[str, str] | None = None,
+) -> AnySection:
+    """Build a section from plain data; raise one :class:`UserError` that lists everything wrong with it.
+
+    ``where`` is what the data came from, and ``given`` says so for single keys.
+    """
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        problems = [_teach(section, dict(item)) for item in error.errors()]
-        raise UserError(f"{where}: " + "; ".join(dict.fromkeys(problems))) from None
+        problems: dict[str, list[str]] = {}
+        for item in error.errors():
+            source = _source(".".join(map(str, item["loc"])), where, given or {})
+            problems.setdefault(source, []).append(_teach(section, dict(item)))
+        told = (f"{source}: {'; '.join(dict.fromkeys(of))}" for source, of in problems.items())
+        raise UserError("; ".join(told)) from None
+
+
+def _source(path: str, where: str, given: Mapping[str, str]) -> str:
+    """What the value at ``path`` came from: ``where``, one of the keys ``given``, or several of both."""
+    if over := [source for key, source in given.items() if f"{path}.".startswith(f"{key}.")]:
+        return over[-1]
+    inside = [source for key, source in given.items() if not path or key.startswith(f"{path}.")]
+    return " with ".join([where, " ".join(inside)]) if inside else where
 
 
 def to_yaml(config: Section) -> str:
     """The configuration as YAML with every key present, in the order of the schema."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
-
-
-def _dump(value: Any) -> Any:
-    return [item.model_dump() for item in value] if isinstance(value, list) else value
 
 
 def _one_line(error: object) -> str:
@@ -397,7 +472,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({_one_line(error)})") from error
     try:
         tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML ({_one_line(error)})") from error
     if tree is None:
         return {}
@@ -412,7 +487,7 @@ def _assign(tree: dict[str, Any], keys: list[str], value: Any, override: str) ->
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
+            if not key.isdecimal() or int(key) >= len(node):
                 raise UserError(
                     f"--set {override!r}: {'.'.join(keys[:depth])} is a list of {len(node)}; "
                     f"use an index from 0 to {len(node) - 1}, not {key!r}"

@@ -38,8 +38,7 @@ def run_export(options: argparse.Namespace) -> None:
 
 def run_merge(options: argparse.Namespace) -> None:
     """Put constant gates in place of the routers, and say what that costs on each bench."""
-    if options.rank is not None and options.rank < 1:
-        raise UserError(f"--rank {options.rank}: must be at least 1")
+    cli.require_positive(options, "rank")
     model, tokenizer = _load(options)
     benches = {path: [_without_answer(row) for row in read_rows(path)] for path in options.bench}
 

@@ -49,7 +49,7 @@ def _read_file(path: Path) -> Iterator[Row]:
                     where = f"{path}:{number}"
                     yield {"domain": path.stem} | _check_row(_parse(line, where), where) | {"where": where}
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; data.path takes JSONL files") from None
+        raise UserError(f"{path}: no such file; name a JSONL file that is there") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 

@@ -40,7 +40,7 @@ from molora.config import Config, LoadPrecision, check
 from molora.config import Data as DataConfig
 from molora.data import Batch, Collate, Example, Row, read_rows
 from molora.errors import UserError
-from molora.files import file_sha256, write_text
+from molora.files import check_target, file_sha256, write_text
 from molora.generate import Answer, decode, generate_tokens, prefix_cache
 from molora.journal import Journal, digest
 from molora.loss import CHUNK_ELEMENTS, after_head, check_head
@@ -48,7 +48,7 @@ from molora.scores import METHOD, BenchResult, Results, Score, comparison, diffe
 
 LOSS, ANSWERS = "loss", "answers"
 """The parts of a measurement, as its journal names them."""
-MEASUREMENT = 2
+MEASUREMENT = 3
 """Raised with every change that changes what is measured, so that what was kept before is measured again."""
 
 # --- measuring ---------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def evaluate(
     title: str = "",
     journal: Journal | None = None,
 ) -> BenchResult:
-    """Loss of the answers of all rows, and exact match of greedy generation for rows with a text ``answer``.
+    """Loss of the answers of all rows, and exact match of greedy generation for rows with an ``answer``.
 
     Args:
         rows: as :func:`molora.data.read_rows` gives them.
@@ -150,8 +150,8 @@ def evaluate(
         UserError: no row has anything to measure, or an ``answer`` cannot be read.
     """
     for row in rows:
-        if isinstance(row.get("answer"), str):
-            check_gold(row["answer"], row.get("where", ""))
+        if (gold := _gold(row)) is not None:
+            check_gold(gold, row.get("where", ""))
     journal = journal or Journal({})
     was_training = model.training
     model.eval()
@@ -274,17 +274,17 @@ def _measure_exact_match(
     max_new_tokens: int,
     title: str,
 ) -> None:
-    asked = [i for i, row in enumerate(rows) if isinstance(row.get("answer"), str) and "text" not in row]
-    prompts = {i: chat.encode_prompt(tokenizer, _question(rows[i])) for i in asked}
+    golds = {i: gold for i, row in enumerate(rows) if (gold := _gold(row)) is not None and "text" not in row}
+    prompts = {i: chat.encode_prompt(tokenizer, _question(rows[i])) for i in golds}
     # Those of about the same length together; the longest first, so that a lack of memory shows at once.
-    order = sorted(asked, key=lambda i: len(prompts[i]), reverse=True)
+    order = sorted(golds, key=lambda i: len(prompts[i]), reverse=True)
     for chosen in _left(order, journal, ANSWERS, batch_size, f"{title} answers"):
         started = time.perf_counter()
         asking = [prompts[i] for i in chosen]
         answers: list[Answer] = generate_tokens(model, tokenizer, asking, max_new_tokens, batch_size)
         seconds = time.perf_counter() - started
         texts = [decode(tokenizer, answer.tokens) for answer in answers]
-        found = {i: [text, is_correct(rows[i]["answer"], text)] for i, text in zip(chosen, texts, strict=True)}
+        found = {i: [text, is_correct(golds[i], text)] for i, text in zip(chosen, texts, strict=True)}
         journal.add(ANSWERS, found, sum(answer.generated for answer in answers), seconds)
 
 
@@ -308,6 +308,16 @@ def _encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length:
 
 def _example(encoded: chat.Encoded) -> Example:
     return Example(torch.tensor(encoded.input_ids), torch.tensor(encoded.labels), encoded.domain or "")
+
+
+def _gold(row: Row) -> str | None:
+    """The answer that exact match compares with; None for a row without one. A number is what it looks like."""
+    answer = row.get("answer")
+    if answer is None:
+        return None
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise UserError(f"{row.get('where', 'a row')}: 'answer' is a {type(answer).__name__}; write a number or LaTeX")
+    return str(answer)
 
 
 def _question(row: Row) -> list[chat.Message]:
@@ -338,6 +348,10 @@ def main(arguments: list[str] | None = None) -> None:
     baseline = options.baseline or (options.model or [""])[0]
     if options.model and baseline not in options.model:
         raise UserError(f"--baseline {baseline}: is none of the models; write it as one --model is written")
+    if not options.lm_eval and (options.lm_eval_path or options.lm_eval_chat):
+        raise UserError("--lm-eval-path and --lm-eval-chat say how --lm-eval asks; give it too")
+    if options.output:
+        check_target(options.output, options.bench)
     console, results, tasks = Console(), {}, {}
     if options.bench or not options.lm_eval:
         results = measured(options)
@@ -375,9 +389,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measured(options: argparse.Namespace) -> dict[str, dict[str, BenchResult]]:
     """model -> bench -> result for the options of :func:`add_options`. Raises :class:`UserError` for bad ones."""
-    for name in ("max_new_tokens", "batch_size", "limit"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    cli.require_positive(options, "max_new_tokens", "batch_size", "limit")
     for name in ("model", "bench"):
         if not getattr(options, name):
             raise UserError(f"--{name} is missing: what is to be measured?")
@@ -440,7 +452,7 @@ def _write(options: argparse.Namespace, baseline: str, results: Results, tasks: 
                 entry["difference"] = differences([results[baseline][bench]], [result])
             entries.append(entry)
     tree: dict[str, Any] = {
-        "provenance": provenance.collect(Config(data=DataConfig(path=options.bench))),
+        "provenance": provenance.collect(Config(data=DataConfig(path=options.bench or None))),
         "settings": {name: getattr(options, name) for name in ("max_new_tokens", "batch_size", "limit", "precision")},
         "baseline": baseline,
         "method": METHOD,

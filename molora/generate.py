@@ -311,10 +311,13 @@ def pick_router(names: Sequence[str], layer: int | None, projection: str | None)
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ``arguments`` default to the process's own. Raises :class:`UserError` for bad input."""
     options = _parse(arguments)
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
+    cli.require_positive(options, "max_new_tokens")
+    if not options.show_routing and (options.routing_layer is not None or options.routing_projection is not None):
+        raise UserError("--routing-layer and --routing-projection say what --show-routing shows; give it too")
     if not 0 <= options.temperature < float("inf"):
         raise UserError(f"--temperature {options.temperature}: must be 0 (greedy) or a positive number")
+    if not -(2**63) <= options.seed < 2**64:
+        raise UserError(f"--seed {options.seed}: must be from -2^63 to 2^64 - 1")
     torch.manual_seed(options.seed)
     model, tokenizer = load(options.model, options.device, options.precision)
     console = Console(highlight=False)

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from molora import cli, evaluate
 from molora.errors import UserError
-from molora.files import write_text
+from molora.files import check_target, write_text
 from molora.scores import ALL, METHOD, BenchResult, Difference, Measure, Results, Runs, columns, difference
 
 ACQUIRED, KEPT, SLIGHTLY = 0.02, 0.02, 0.05
@@ -143,6 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     if bool(options.results) == bool(options.model):
         raise UserError("give files of results, or three times --model with --bench, and not both")
+    if options.output:
+        check_target(options.output, [*options.results, *options.bench])
     results = read_results(options.results) if options.results else evaluate.measured(options)
     general, maths = _benches(results, options)
     shown = {name: {"general": of[general], "maths": of[maths]} for name, of in results.items()}
@@ -157,15 +159,26 @@ def main(arguments: list[str] | None = None) -> None:
 def read_results(paths: Sequence[Path]) -> dict[str, dict[str, BenchResult]]:
     """model -> bench -> result from files that ``molora.evaluate --output`` wrote, in their order.
 
-    Raises :class:`UserError` for a file that is none of these.
+    Raises :class:`UserError` for a file that is none of these, and for a bench whose rows are not the same in all.
     """
     results: dict[str, dict[str, BenchResult]] = {}
+    measured: dict[str, tuple[Any, Path]] = {}
     for path in paths:
         try:
-            for entry in json.loads(path.read_text(encoding="utf-8"))["results"]:
-                results.setdefault(entry["model"], {})[entry["bench"]] = BenchResult.from_json(entry)
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            read = [(entry["model"], entry["bench"], BenchResult.from_json(entry)) for entry in tree["results"]]
+            hashes = {bench: tree["provenance"]["data"][bench] for _, bench, _ in read}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not results of python -m molora.evaluate --output ({error!r})") from error
+        for model, bench, result in read:
+            rows = (hashes[bench], len(result.rows))
+            known, where = measured.setdefault(bench, (rows, path))
+            if rows != known:
+                raise UserError(
+                    f"{path}: {bench} is of other rows than in {where} (the file changed, or --limit is another); "
+                    "measure all models on the same rows"
+                )
+            results.setdefault(model, {})[bench] = result
     return results
 
 

@@ -65,6 +65,7 @@ def carry_out(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ``arguments`` default to the process's own. Raises :class:`UserError` for bad input."""
     options = _parse(arguments)
+    cli.require_positive(options, "max_new_tokens", "batch_size")
     pipeline = Pipeline(options.out)
     seeds = list(dict.fromkeys(options.seeds))
     benches = {

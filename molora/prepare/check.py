@@ -77,6 +77,8 @@ def prepare(options: argparse.Namespace) -> None:
         raise UserError(f"--max-length {options.max_length}: must be at least 2")
     if options.picture and options.picture.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--picture {options.picture}: must end in .png, .svg or .pdf")
+    if options.picture:
+        files.check_target(options.picture)
     tokenizer = split.load_tokenizer(options.tokenizer)
     reports = [inspect(path, tokenizer, options.max_length) for path in [*options.files, *options.bench]]
     show(reports, len(options.files), options.max_length, Console())

@@ -63,6 +63,7 @@ def add_parser(subparsers) -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
+    files.check_target(options.out)
     if options.out.exists() and not options.overwrite:
         raise UserError(f"{options.out}: exists already; choose another --out, or replace it with --overwrite")
     mapping = parse_map(options.map) if options.map else None
@@ -125,10 +126,11 @@ def recognise(columns: Sequence[str], where: str) -> Convert:
             return lambda item: {"prompt": _text(item, "prompt"), "response": _text(item, answer)}
     if "text" in has:
         return lambda item: {"text": _text(item, "text")}
+    answer = "chosen" if "chosen" in has else columns[-1]  # of preferences, and not what was rejected
     raise UserError(
         f"{where}: columns {', '.join(map(repr, columns))} are no known shape (messages; conversations; instruction "
         "and output; instruction and response; prompt and response; text); say which is which, for example "
-        f"--map prompt={columns[0]},response={columns[-1]}"
+        f"--map prompt={columns[0]},response={answer}"
     )
 
 
@@ -177,6 +179,8 @@ def _message(turn: Any) -> dict[str, str]:
     speaker, text = (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
     if speaker not in ROLES:
         raise ValueError(f"the speaker {speaker!r} is none of {', '.join(ROLES)}")
+    if not isinstance(text, str | None):
+        raise ValueError(f"a turn's content is a {type(text).__name__}, not text")
     return {"role": ROLES[speaker], "content": (text or "").strip()}
 
 

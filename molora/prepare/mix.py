@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from molora.errors import UserError
+from molora.files import check_target
 from molora.prepare.rows import read_jsonl, write_jsonl
 
 
@@ -33,6 +34,7 @@ def add_parser(subparsers) -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
+    check_target(options.out)
     if options.out.exists() and not options.overwrite:
         raise UserError(f"{options.out}: exists already; choose another --out, or replace it with --overwrite")
     parts = [read_jsonl(path) for path in options.inputs]

@@ -147,6 +147,8 @@ def up_to_date(out: Path, bench: Path, recipe: dict[str, Any], overwrite: bool) 
     """
     if out.resolve() == bench.resolve():
         raise UserError(f"{out}: --out and --bench are the same file; give two names")
+    for path in (out, bench):
+        files.check_target(path)
     if overwrite:
         return False
     there = [path for path in (out, bench) if path.exists()]

@@ -55,9 +55,7 @@ def add_command(commands: Any) -> None:
 
 def command(options: argparse.Namespace) -> None:
     """Observe, compute, draw, write. Raises :class:`UserError` for bad input."""
-    for name in ("rows", "max_length", "batch_size", "permutations"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    cli.require_positive(options, "rows", "max_length", "batch_size", "permutations")
     files = _files(options.data)
     data = {domain: spread(read_rows(path), options.rows) for domain, path in files.items()}
     seen: dict[str, Observation] = {}

@@ -36,6 +36,11 @@ from molora.errors import UserError
         (["training.lr.x=3"], "is a value"),
         (["training.lr"], "write it as key.path=value"),
         (["training.lr=[1"], "not valid YAML"),
+        (["training.lr=0x_"], "not valid YAML"),
+        (["training.phases.²=1"], "use an index from 0 to 0, not '²'"),
+        (["data.path=[]"], r"data\.path: an empty list names no file"),
+        (["seed=18446744073709551616"], "seed: input should be less than"),
+        (["moe.load_balance={type: none, type: aux_loss}"], "the key 'type' is there twice"),
     ],
 )
 def test_bad_values_are_explained(overrides: list[str], message: str) -> None:
@@ -52,8 +57,27 @@ def test_every_problem_is_told_at_once() -> None:
     assert "'injection.lora_rr'" in str(error.value)
 
 
+def test_a_problem_is_told_of_where_it_came_from(tmp_path: Path) -> None:
+    path = tmp_path / "p.yml"
+    path.write_text("seed: -1\ninjection: {num_experts: 4}")
+    with pytest.raises(UserError) as error:
+        config.load(path, ["injection.top_k=5", "training.phases.0.step=x", "logging.wandb=false"])
+    told = str(error.value)
+    assert "--set training.phases.0.step=x: training.phases.0.step: input" in told
+    assert f"{path}: seed: input" in told
+    assert f"{path} with --set injection.top_k=5: injection: top_k=5 is larger than num_experts=4" in told
+    assert "wandb" not in told
+
+
 @pytest.mark.parametrize(
-    ("content", "message"), [("a: [", "not valid YAML"), ("- 1", "expected keys"), ("\x00", "not valid YAML")]
+    ("content", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1", "expected keys"),
+        ("\x00", "not valid YAML"),
+        ("seed: 0x_", "not valid YAML"),
+        ("training:\n  lr: 1\n  batch_size: 1\n  lr: 2", "the key 'lr' is there twice .*line 4"),
+    ],
 )
 def test_bad_files_are_explained(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "p.yml"
@@ -70,6 +94,7 @@ def test_overrides_mean_what_yaml_means() -> None:
     assert loaded.training.phases[0].trainable == ["lora"]
     assert loaded.model_name == "a=b"
     assert config.load(None, ["training.lr=0"]).training.lr == 0
+    assert config.load(None, ["data.path=2024-13-45"]).data.path == "2024-13-45"
 
 
 def test_what_is_saved_loads_as_the_same(tmp_path: Path) -> None:
@@ -117,6 +142,34 @@ def test_whatever_the_tree_it_is_checked_or_explained(tree: object) -> None:
         config.resolve(config.load(None, overrides))
     except UserError as error:
         assert str(error)
+
+
+def test_phases_of_one_optimizer_step_are_named_as_they_were_written() -> None:
+    phases = ", ".join(f"{{step: {step}, trainable: [lora]}}" for step in range(3))
+    units = ["training.step_unit=micro", "training.grad_accum_steps=4"]
+    loaded = config.load(None, [*units, f"training.phases=[{phases}]"])
+    with pytest.raises(UserError, match=r"phases\.1\.step=1 and training\.phases\.2\.step=2 are one optimizer step"):
+        config.resolve(loaded)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (
+            "training.phases=[{step: 0, trainable: [router]}, {step: 7, trainable: [lora]}]",
+            "begins at optimizer step 4 and training ends after 4",
+        ),
+        ("training.warmup_steps=7", "warm-up of 4 optimizer steps is not over"),
+        ("training.val_steps=7", "val_steps=4 evaluates nothing"),
+    ],
+)
+def test_what_has_no_effect_is_warned_of(override: str, told: str, caplog: pytest.LogCaptureFixture) -> None:
+    config._warn.cache_clear()
+    fixed = ["training.step_unit=micro", "training.grad_accum_steps=2", "training.max_train_steps=8"]
+    for _ in range(2):
+        config.resolve(config.load(None, [*fixed, override]))
+    (record,) = caplog.records
+    assert told in record.message
 
 
 def key_paths(tree: dict[str, object], before: str = "") -> list[str]:

@@ -61,7 +61,7 @@ def test_bad_files_are_named_with_line_and_reason(tmp_path: Path, content: bytes
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="no such file; name a JSONL file"):
         data.read_rows(tmp_path / "nothing.jsonl")
     with pytest.raises(UserError, match="cannot be read"):
         data.read_rows(tmp_path)

@@ -82,7 +82,8 @@ def test_exact_match_judges_what_the_model_wrote(
         return [generate.Answer(tokenizer(text).input_ids, finished=True) for text in texts]
 
     monkeypatch.setattr(evaluate, "generate_tokens", answer)
-    result = evaluate.evaluate(model, chat_tokenizer, ROWS)
+    rows = [*ROWS[:3], ROWS[3] | {"answer": 4}, ROWS[4] | {"answer": 5.0}]  # numbers are as good as text
+    result = evaluate.evaluate(model, chat_tokenizer, rows)
     assert [row.correct for row in result.rows] == [None, None, True, False, True]
     assert result.rows[2].prediction == said["sum of one two"]
     assert (result.exact_match("maths"), result.exact_match("maths/echo")) == ((2, 3), (1, 2))
@@ -106,9 +107,15 @@ def test_training_mode_is_given_back(model: LlamaForCausalLM, chat_tokenizer: Pr
         model.eval()
 
 
-def test_an_answer_that_cannot_be_read_stops_before_anything_runs(chat_tokenizer: PreTrainedTokenizerFast) -> None:
-    row = ROWS[2] | {"answer": "no idea", "where": "bench.jsonl:7"}
-    with pytest.raises(UserError, match=r"bench\.jsonl:7: the answer 'no idea'"):
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [("no idea", "the answer 'no idea'"), (["3"], "'answer' is a list"), (True, "'answer' is a bool")],
+)
+def test_an_answer_that_cannot_be_read_stops_before_anything_runs(
+    answer: object, message: str, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    row = ROWS[2] | {"answer": answer, "where": "bench.jsonl:7"}
+    with pytest.raises(UserError, match=rf"bench\.jsonl:7: {message}"):
         evaluate.evaluate(None, chat_tokenizer, [row])  # type: ignore[arg-type]
 
 
@@ -170,9 +177,16 @@ def test_command_line(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.Captu
         (["--model", "x", "--baseline", "y"], "--baseline y: is none of the models"),
         ([], "--model is missing"),
         (["--model", "./nowhere"], "nowhere"),
+        (["--model", "./nowhere", "--output", "rows.jsonl"], "rows.jsonl: is read here"),
+        (["--model", "./nowhere", "--output", "."], "is a folder"),
+        (["--model", "./nowhere", "--lm-eval-path", "."], "say how --lm-eval asks"),
+        (["--model", "./nowhere", "--lm-eval-chat"], "say how --lm-eval asks"),
     ],
 )
-def test_command_line_refuses(arguments: list[str], message: str, rows_file: Path) -> None:
+def test_command_line_refuses(
+    arguments: list[str], message: str, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(rows_file.parent)
     with pytest.raises(UserError, match=message):
         evaluate.main([*arguments, "--bench", str(rows_file)])
 

@@ -204,6 +204,8 @@ def test_findings_say_better_worse_and_nothing_to_see() -> None:
     [
         (["--set-2", "injection.strategy=dense_lora"], "give mixture_lora"),
         (["--set-2", "data.path=null"], "data.path is missing"),
+        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
         (["--maths", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--set-1", "model_name=./nowhere"], "no folder './nowhere'"),
     ],

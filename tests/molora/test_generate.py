@@ -154,7 +154,17 @@ def test_command_line_converses(
     ]
 
 
-@pytest.mark.parametrize("bad", [["--max-new-tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["--max-new-tokens", "0"],
+        ["--temperature", "-1"],
+        ["--temperature", "nan"],
+        ["--seed", "18446744073709551616"],
+        ["--routing-layer", "0"],
+        ["--routing-projection", "up_proj"],
+    ],
+)
 def test_command_line_refuses(bad: list[str]) -> None:
     with pytest.raises(UserError, match=bad[0]):
         generate.main(["--model", "x", *bad])

@@ -321,6 +321,27 @@ def test_replacing_a_folder(tmp_path: Path) -> None:
     assert list(contents(tmp_path)) == ["folder/new"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "mix absent.jsonl --overwrite --out",
+        "convert absent.jsonl --overwrite --out",
+        "openr1-math --source absent --overwrite --out",
+        "openr1-math --source absent --overwrite --bench",
+        "general-en-ko --en absent --overwrite --out",
+        "check absent.jsonl --tokenizer absent --picture",
+    ],
+)
+def test_a_folder_is_not_replaced_by_a_file(command: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder.png"
+    files.write_text(folder / "run", "")
+    with pytest.raises(UserError, match="is a folder"):  # and not that the input is absent: before anything is read
+        main([*command.split(), str(folder)])
+    with pytest.raises(UserError, match="is a folder"):
+        files.write_text(folder, "")
+    assert list(contents(tmp_path)) == ["folder.png/run"]
+
+
 def test_missing_or_other_package_names_the_command() -> None:
     with pytest.raises(UserError, match=r"not installed; install it with: pip install --no-deps absent==1\.0$"):
         packages.package_folder("absent_package", "absent==1.0", "--no-deps")

@@ -343,6 +343,12 @@ def test_rows_without_an_answer_are_counted(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("lines", "options", "message"),
     [
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', [], "--map prompt=prompt,response=chosen"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}',
+            [],
+            "row 1: a turn's content is a list, not text",
+        ),
         ('{"q": "a", "a": "b"}', [], r"columns 'q', 'a' are no known shape .*--map prompt=q,response=a"),
         ('{"q": "a", "a": "b"}', ["--map", "prompt=q,response=b"], "has no column b; its columns are q, a"),
         ('{"q": "a", "a": "b"}', ["--map", "prompt=q"], "--map needs prompt and response"),

@@ -68,12 +68,13 @@ def test_without_answers_maths_is_judged_by_its_loss() -> None:
     assert "2.000 to 1.000 loss" in found.sentences[1]
 
 
-def write_results(path: Path, models: dict[str, tuple[float, int]]) -> Path:
+def write_results(path: Path, models: dict[str, tuple[float, int]], rows: int = 100, content: str = "1") -> Path:
     results = []
     for model, (loss, correct) in models.items():
-        for bench, (result,) in (("g.jsonl", general(loss)), ("m.jsonl", maths(correct))):
+        for bench, (result,) in (("g.jsonl", general(loss, rows)), ("m.jsonl", maths(correct))):
             results.append({"model": model, "bench": bench} | result.to_json())
-    path.write_text(json.dumps({"results": results}))
+    data = {"g.jsonl": content, "m.jsonl": "2"}
+    path.write_text(json.dumps({"provenance": {"data": data}, "results": results}))
     return path
 
 
@@ -106,12 +107,17 @@ def test_command_line_measures_models(monkeypatch: pytest.MonkeyPatch, capsys: p
         (["{three}", "--maths", "other"], "--maths: which bench"),
         (["{broken}"], "not results of python -m molora.evaluate"),
         (["{missing}"], "not results of python -m molora.evaluate"),
+        (["{three}", "--output", "{three}"], "is read here"),
+        (["{two}", "{fewer}"], r"^[^(]*fewer.json: g.jsonl is of other rows than in .*two.json"),
+        (["{two}", "{changed}"], r"^[^(]*changed.json: g.jsonl is of other rows than in .*two.json"),
     ],
 )
 def test_command_line_refuses(arguments: list[str], message: str, tmp_path: Path) -> None:
     files = {
         "two": write_results(tmp_path / "two.json", {"a": (1.0, 1), "b": (1.0, 1)}),
         "three": write_results(tmp_path / "three.json", {"a": (1.0, 1), "b": (1.0, 1), "c": (1.0, 1)}),
+        "fewer": write_results(tmp_path / "fewer.json", {"c": (1.0, 1)}, rows=99),
+        "changed": write_results(tmp_path / "changed.json", {"c": (1.0, 1)}, content="3"),
         "broken": tmp_path / "broken.json",
         "missing": tmp_path / "missing.json",
     }
