@@ -156,11 +156,17 @@ class Examples:
 
 
 def encode_rows(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, *, cache: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    max_length: int,
+    *,
+    cache: bool = False,
+    held_out: bool = False,
 ) -> Examples:
     """Tokenise rows, or take their tokens from the cache (:mod:`molora.token_cache`).
 
-    Raises :class:`UserError` if none has a trainable token or none fits into ``max_length``.
+    Raises :class:`UserError` if none has a trainable token or, unless they are ``held_out``, none fits into
+    ``max_length``.
     """
 
     def encode() -> token_cache.Tensors:
@@ -188,7 +194,7 @@ def encode_rows(
             f"none of {len(rows)} rows has a token to train within data.max_length={max_length}: "
             "their answers are missing or begin later; raise data.max_length or add answers"
         )
-    if truncated == len(examples):
+    if truncated == len(examples) and not held_out:
         raise UserError(
             f"all of {len(rows)} rows are longer than data.max_length={max_length}, so no end of an answer "
             "would ever be learnt; raise data.max_length"

@@ -80,7 +80,7 @@ class Trainer:
         self.rows = len(self.examples)
         if config.data.packing:
             self.examples = packing.pack(self.examples, config.data.max_length)
-        self.held_out = self._encode(val_rows) if val_rows else None
+        self.held_out = self._encode(val_rows, held_out=True) if val_rows else None
         self._check_vocabulary()
         self.domains = metrics.Domains(span for example in self.examples.rows for span in data.spans(example))
         self.optimizer, self.schedule = optim.build(self.model, config.training)
@@ -129,11 +129,11 @@ class Trainer:
             distributed.shard(self.model, world)
             self._add_spread = world.sum
 
-    def _encode(self, rows: Sequence[Row]) -> data.Examples:
+    def _encode(self, rows: Sequence[Row], *, held_out: bool = False) -> data.Examples:
         settings = self.config.data
         # What the first finds in the cache, or leaves there, the others find; without one, all work at once.
         with self.world.first_on_each_machine() if settings.cache else nullcontext():
-            return data.encode_rows(self.tokenizer, rows, settings.max_length, cache=settings.cache)
+            return data.encode_rows(self.tokenizer, rows, settings.max_length, cache=settings.cache, held_out=held_out)
 
     def _check_vocabulary(self) -> None:
         """The tokenizer may be another's: on a GPU an index out of range says nothing of where it came from."""

@@ -377,6 +377,15 @@ def test_a_full_disk_stops_the_run_and_keeps_older_checkpoints(
     assert checkpoint.newest(output) == output / "checkpoint-2"
 
 
+def test_rows_held_out_may_all_be_cut(make_config: MakeConfig, tmp_path: Path) -> None:
+    rows = make_rows(8)
+    for row in data.hold_out(rows, 2, seed=42)[1]:
+        row["response"] = "six " * 99
+    settings = make_config(f"data.path={write_jsonl(tmp_path / 'cut.jsonl', rows)}", "training.val_size=2")
+    held_out = Trainer(settings, tmp_path / "run", data.read_rows(settings.data.path or "")).held_out
+    assert held_out is not None and held_out.truncated == len(held_out) == 2
+
+
 def test_weights_that_are_not_finite_are_never_saved(make_config: MakeConfig, tmp_path: Path) -> None:
     settings = make_config("training.log_steps=100")
     trainer = Trainer(settings, tmp_path / "run", data.read_rows(settings.data.path or ""))
