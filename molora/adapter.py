@@ -334,8 +334,10 @@ def save_adapter(model: nn.Module, folder: str | Path, state_dict: Mapping[str, 
             "and load it before molora.inject, or set model.molora_base to its folder or hub name"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     own = adapter_tensors(model)
+    if any(".molora_adapters." in name for name, _ in own):
+        raise ValueError("the model's adapters are PEFT's: save them by the PEFT model's own save_pretrained")
+    folder.mkdir(parents=True, exist_ok=True)
     if state_dict is not None:
         own = [(name, state_dict[name]) for name, _ in own]
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in own}
@@ -455,6 +457,7 @@ def _check_same_shape(folder: Path, manifest: dict[str, Any], config: Config) ->
 def adapter_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Every adapter parameter and router buffer by full name."""
     tensors: dict[str, torch.Tensor] = {}
+    model = getattr(model, "_orig_mod", model)  # what torch.compile made its wrapper of
     for path, module in model.named_modules():
         if isinstance(module, LoraLinear | Router):
             own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))

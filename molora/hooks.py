@@ -13,7 +13,6 @@ A loop that keeps its own records (:func:`molora.routing.using`, as ``molora.tra
 from __future__ import annotations
 
 import functools
-import types
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +54,8 @@ def _contiguous(_head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...
 
 def save_adapter_alone(model: nn.Module) -> None:
     """Make ``model.save_pretrained`` write the adapter."""
-    model.save_pretrained = types.MethodType(_save_pretrained, model)  # type: ignore[assignment]
+    # A bound method would be pickled as an attribute of the model by the function's own name, which is not there.
+    model.save_pretrained = functools.partial(_save_pretrained, model)  # type: ignore[assignment]
 
 
 def detach(model: nn.Module, state: State) -> None:
@@ -81,7 +81,10 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if asked:  # by TRL, for outputs.aux_loss; there are no logits of all routers to return
         kwargs = kwargs | {"output_router_logits": False}
     if asked or kwargs.get("labels") is not None or (model.training and torch.is_grad_enabled()):
-        ids = next(x for x in (kwargs.get("input_ids"), *args[:1], kwargs.get("inputs_embeds")) if x is not None)
+        given = (kwargs.get("input_ids"), *args[:1], kwargs.get("inputs_embeds"))
+        ids = next((x for x in given if x is not None), None)
+        if ids is None:  # the model says what it needs
+            return args, kwargs
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if not isinstance(mask, Tensor) or mask.shape != ids.shape[:2]:  # packed rows, or a mask that is made already
             mask = torch.ones(ids.shape[:2], device=ids.device)

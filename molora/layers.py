@@ -7,6 +7,7 @@ r rank of one expert.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 
 import torch
@@ -105,8 +106,22 @@ class LoraLinear(_Masters):
 
 
 def is_dense(linear: nn.Linear) -> bool:
-    """Whether kernels can multiply by the weight as it is; not so where it is quantised or the class does more."""
-    return type(linear).forward is nn.Linear.forward and linear.weight.is_floating_point()
+    """Whether kernels can multiply by the weight as it is; not so where it is quantised, or the class or hooks do
+    more."""
+    return type(linear).forward is nn.Linear.forward and linear.weight.is_floating_point() and not has_hooks(linear)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at, or changes, what the module's forward is given or gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+class _Waiting(threading.local):
+    """What the projections of one input that were not called yet are to give; each thread has its own."""
+
+    x: Tensor | None = None
+    state: tuple[int | None, bool, bool] | None = None
+    outputs: dict[int, Tensor] | None = None
 
 
 class SharedInput:
@@ -120,7 +135,7 @@ class SharedInput:
         self.members = members
         self.ledger: routing.Ledger | None = None
         self.rows = slice(0, 0)
-        self._forget()
+        self._waiting = _Waiting()
 
     def __call__(self, member: LoraLinear, x: Tensor) -> Tensor:
         if len(self.members) == 1:
@@ -134,21 +149,20 @@ class SharedInput:
         # torch.compile traces neither; within one graph the tensor that layers hand on is not changed in place.
         unversioned = torch.compiler.is_compiling() or x.is_inference()
         state = (None if unversioned else x._version, torch.is_grad_enabled(), member.training)
-        if self._x is not x or self._state != state or i not in self._waiting:
-            self._x, self._state, self._waiting = x, state, dict(enumerate(self._compute(x)))
-        y = self._waiting.pop(i)
-        if not self._waiting:
-            self._forget()
+        waiting = self._waiting
+        if waiting.x is not x or waiting.state != state or not waiting.outputs or i not in waiting.outputs:
+            waiting.x, waiting.state, waiting.outputs = x, state, dict(enumerate(self._compute(x)))
+        y = waiting.outputs.pop(i)
+        if not waiting.outputs:
+            waiting.x = waiting.state = waiting.outputs = None
         return y
-
-    def _forget(self) -> None:
-        self._x: Tensor | None = None
-        self._state: tuple[int | None, bool, bool] | None = None
-        self._waiting: dict[int, Tensor] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """What copies and pickles keep: not the outputs that wait, which belong to a graph."""
-        return self.__dict__ | {"_x": None, "_state": None, "_waiting": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_waiting"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__ |= state | {"_waiting": _Waiting()}
 
     def _compute(self, x: Tensor) -> list[Tensor]:
         first = self.members[0]

@@ -14,7 +14,7 @@ from molora import hooks
 from molora.config import Config, Group, Injection, MoE, check
 from molora.errors import UserError
 from molora.families import Family, family_of
-from molora.layers import ExpertMLPs, LoraLinear, LoraMLP, Router, SharedInput, is_dense
+from molora.layers import ExpertMLPs, LoraLinear, LoraMLP, Router, SharedInput, has_hooks, is_dense
 from molora.routing import Ledger
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -70,7 +70,12 @@ def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe:
         ) from None
     indices = _layer_indices(injection, len(layers))  # type: ignore[arg-type] # a ModuleList
     linears = [module for module in layers.modules() if isinstance(module, nn.Linear)]
-    fused = getattr(model.config, "hidden_act", None) == "silu" and all(is_dense(linear) for linear in linears)
+    _refuse_offloaded(linears)
+    fused = (
+        getattr(model.config, "hidden_act", None) == "silu"
+        and all(is_dense(linear) for linear in linears)
+        and not any(has_hooks(layer.get_submodule(family.mlp)) for layer in layers.children())
+    )
     _refuse_own_experts(model, layers, injection)
     plan = {i: _plan(family, layers.get_submodule(str(i)), injection, moe, fused) for i in indices}
     _require_matches(injection, family, plan, layers.get_submodule(str(indices[0])))
@@ -188,7 +193,7 @@ def _plan(family: Family, layer: nn.Module, injection: Injection, moe: MoE, fuse
         if not fused or not mlp:
             raise UserError(
                 "moe.router_scope: mlp shares one router over the three projections of a SwiGLU MLP (hidden_act silu), "
-                "which this architecture does not have or which is quantised; leave it at projection"
+                "which this architecture does not have, or which is quantised or has hooks; leave it at projection"
             )
         if {path for path, group in plan.items() if group == "lora"} != set(mlp):
             raise UserError(
@@ -196,6 +201,16 @@ def _plan(family: Family, layer: nn.Module, injection: Injection, moe: MoE, fuse
                 f"injection.target_keywords must be exactly {list(family.swiglu or ())}"
             )
     return plan
+
+
+def _refuse_offloaded(linears: list[nn.Linear]) -> None:
+    """accelerate brings an offloaded weight in when its linear is called, and takes it out again; the kernels read it
+    without the linear."""
+    if any(hasattr(linear, "_hf_hook") and linear.weight.is_meta for linear in linears):
+        raise UserError(
+            "the base is offloaded to CPU or disk (device_map, cpu_offload), and the kernels read its weights where "
+            "they are: load it on one device, in 4 or 8 bits if it does not fit there"
+        )
 
 
 def _refuse_own_experts(model: nn.Module, layers: nn.Module, injection: Injection) -> None:

@@ -33,6 +33,11 @@ class Operator:
     backward: Callable[..., Nested]
 
     def __call__(self, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:  # torch.library knows no formula for it, and gives zeros
+            raise NotImplementedError(
+                "molora's operators have no forward-mode derivative (torch.func.jvp, jacfwd, hessian; dual numbers): "
+                "take molora_kernels.use_backend('reference')"
+            )
         if not is_plain(arguments[0]):
             return self.registered(*arguments)
         flat, lengths = _flatten(arguments)

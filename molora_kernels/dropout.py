@@ -34,6 +34,14 @@ def survivor_scale(p: float) -> float:
     return 65536 / (65536 - threshold(p))
 
 
+def check_dropout(who: str, p: float, seed: Tensor | None) -> None:
+    """Raise ValueError, in the name of ``who``, for a probability out of range or dropout without a seed tensor."""
+    if not 0 <= p < 1:
+        raise ValueError(f"{who}: dropout_p={p} must lie in [0, 1)")
+    if p and not (isinstance(seed, Tensor) and seed.ndim == 0 and seed.dtype == torch.int64):
+        raise ValueError(f"{who}: dropout_p > 0 needs dropout_seed, an int64 scalar tensor on x's device")
+
+
 def new_dropout_seed(device: torch.device) -> Tensor:
     """A fresh () int64 seed, drawn on ``device`` by its own generator: no synchronisation with the host, and activation
     checkpointing, which restores that generator before it recomputes, draws the same one."""

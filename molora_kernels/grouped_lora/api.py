@@ -8,7 +8,7 @@ from torch import Tensor
 
 from molora_kernels import autocast
 from molora_kernels.backend import reference_chosen
-from molora_kernels.dropout import dropout_mask, survivor_scale
+from molora_kernels.dropout import check_dropout, dropout_mask, survivor_scale
 from molora_kernels.grouped_lora import dispatch, op, reference
 
 
@@ -111,6 +111,11 @@ def _check(
             raise ValueError(f"grouped_lora: x is {x.dtype} but weight {g} is {weight.dtype}")
         if weight.requires_grad or (biases and biases[g].requires_grad):
             raise ValueError(f"grouped_lora: weight or bias {g} requires grad; base weights are frozen here")
+    for g, bias in enumerate(biases):
+        if bias.shape != lora_b[g].shape[:1] or bias.dtype != x.dtype:
+            raise ValueError(
+                f"grouped_lora: bias {g} is {tuple(bias.shape)} {bias.dtype}; expected ({len(lora_b[g])},) {x.dtype}"
+            )
     if gates is not None:
         leading, heads, experts = gates.shape[:-2], gates.shape[-2], gates.shape[-1]
         if leading != x.shape[:-1] or heads not in (1, groups) or rank % experts:
@@ -120,7 +125,4 @@ def _check(
             )
         if top_k is not None and not 1 <= top_k <= experts:
             raise ValueError(f"grouped_lora: top_k={top_k} must lie between 1 and the number of experts, {experts}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"grouped_lora: dropout_p={dropout_p} must lie in [0, 1)")
-    if dropout_p and dropout_seed is None:
-        raise ValueError("grouped_lora: dropout_p > 0 needs dropout_seed, an int64 scalar tensor on x's device")
+    check_dropout("grouped_lora", dropout_p, dropout_seed)

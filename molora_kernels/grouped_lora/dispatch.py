@@ -42,8 +42,8 @@ class use_form:
     ...     form_for(torch.zeros(8, 64), experts=4, top_k=2, rank=8)
     'grouped'
 
-    A backward runs the form of its forward. Where there is nothing to choose (no gates, ``top_k`` not given or all
-    experts chosen) the form is dense. Raises ``ValueError`` for an unknown name.
+    A backward runs the form of its forward. Where there is nothing to choose (no gates, ``top_k`` not given, all
+    experts chosen, no tokens) the form is dense. Raises ``ValueError`` for an unknown name.
     """
 
     def __init__(self, name: Form) -> None:
@@ -66,7 +66,7 @@ class use_form:
 
 def form_for(x: Tensor, experts: int, top_k: int | None, rank: int) -> Resolved:
     """The form that flat tokens ``x`` (T, K) take under the present choice; ``rank`` is one expert's."""
-    if top_k is None or top_k >= experts:
+    if top_k is None or top_k >= experts or not x.shape[0]:
         return "dense"
     if _choice != "auto":
         return _choice

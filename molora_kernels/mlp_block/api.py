@@ -9,6 +9,7 @@ from torch import Tensor
 
 from molora_kernels import autocast
 from molora_kernels.backend import reference_chosen
+from molora_kernels.dropout import check_dropout
 from molora_kernels.grouped_lora import dispatch
 from molora_kernels.mlp_block import op, reference
 
@@ -87,8 +88,8 @@ def mlp_block(
     leading = x.shape[:-1]
     x, weights = autocast.follow(x, [p.weight for p in (gate, up, down)])
     projections = [p._replace(weight=w) for p, w in zip((gate, up, down), weights, strict=True)]
-    _check(x, projections, routers, top_k, mask, dropout_p, dropout_seed)
     biases = autocast.follow(x, _all_or_none([p.bias for p in projections], weights))[1]
+    _check(x, projections, biases, routers, top_k, mask, dropout_p, dropout_seed)
     x = x.reshape(-1, x.shape[-1])
     args = (
         x,
@@ -130,6 +131,7 @@ def _all_or_none(given: list[Tensor | None], weights: list[Tensor]) -> list[Tens
 def _check(
     x: Tensor,
     projections: Sequence[Projection],
+    biases: Sequence[Tensor],
     routers: Sequence[Router],
     top_k: int,
     mask: Tensor | None,
@@ -152,8 +154,15 @@ def _check(
             )
         if p.weight.dtype != x.dtype:
             raise ValueError(f"mlp_block: x is {x.dtype} but {name}'s weight is {p.weight.dtype}")
+        if name == "up" and rank != (other := projections[0].lora_a.shape[0]):
+            raise ValueError(f"mlp_block: up has the total rank {rank} and gate {other}; expected the same")
         if p.weight.requires_grad or (p.bias is not None and p.bias.requires_grad):
             raise ValueError(f"mlp_block: {name}'s weight or bias requires grad; base weights are frozen here")
+    for (out_features, _), bias in zip(shapes, biases, strict=False):  # none, or three
+        if bias.shape != (out_features,) or bias.dtype != x.dtype:
+            raise ValueError(
+                f"mlp_block: a bias is {tuple(bias.shape)} {bias.dtype}; expected ({out_features},) {x.dtype}"
+            )
     if len(routers) not in (0, 1, 3):
         raise ValueError(f"mlp_block: {len(routers)} routers; expected three, one that is shared, or none")
     for i, r in enumerate(routers):
@@ -164,13 +173,13 @@ def _check(
                 f"mlp_block: router {i} is {tuple(r.weight.shape)}; expected ({experts}, {features}) and a total rank "
                 f"that {experts} divides"
             )
+        for given in (r.bias, r.selection_bias):
+            if given is not None and given.shape != (experts,):
+                raise ValueError(f"mlp_block: a bias of router {i} is {tuple(given.shape)}; expected ({experts},)")
         if not 1 <= top_k <= experts:
             raise ValueError(f"mlp_block: top_k={top_k} must lie between 1 and the number of experts, {experts}")
     if mask is not None and mask.shape != x.shape[:-1]:
         raise ValueError(
             f"mlp_block: mask is {tuple(mask.shape)}; expected the leading shape of x, {tuple(x.shape[:-1])}"
         )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"mlp_block: dropout_p={dropout_p} must lie in [0, 1)")
-    if dropout_p and dropout_seed is None:
-        raise ValueError("mlp_block: dropout_p > 0 needs dropout_seed, an int64 scalar tensor on x's device")
+    check_dropout("mlp_block", dropout_p, dropout_seed)

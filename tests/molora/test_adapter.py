@@ -174,6 +174,21 @@ def test_nothing_by_that_name(tmp_path):
             molora.load(tmp_path / "empty", device=device)
 
 
+def test_a_compiled_model_is_saved_as_itself_and_one_of_peft_refused(saved, tmp_path):
+    folder, logits = saved
+    model, _ = molora.load(folder, device="cpu", precision="fp32")
+    molora.save_adapter(torch.compile(model), tmp_path / "compiled")
+    again, _ = molora.load(tmp_path / "compiled", device="cpu", precision="fp32")
+    assert torch.equal(logits_of(again), logits)
+    peft = pytest.importorskip("peft")
+    from molora.peft import MoloraConfig
+
+    own = peft.get_peft_model(molora.remove(model), MoloraConfig(injection={"lora_r": 4}))
+    with pytest.raises(ValueError, match="save_pretrained"):
+        molora.save_adapter(own.base_model.model, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
 def test_a_failed_save_leaves_the_older_files_whole(saved, monkeypatch):
     folder, logits = saved
     model, _ = molora.load(folder, device="cpu", precision="fp32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import molora
 import molora_kernels
 from molora import routing
 from molora.config import MoE, check
-from molora.layers import LoraLinear, LoraMLP
+from molora.layers import LoraLinear, LoraMLP, SharedInput
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PLACEMENTS = {
@@ -281,3 +282,47 @@ def test_outputs_that_wait_are_dropped_when_the_call_is_not_the_one_they_were_co
     copy.deepcopy(model)  # outputs of a graph cannot be copied
     x.mul_(2)
     torch.testing.assert_close(attention.v_proj(x), attention.v_proj(x.clone()))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
+def test_a_whole_model_is_saved_and_loaded(base, batch, placement, tmp_path):
+    model = molora.inject(copy.deepcopy(base), placement)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    again.molora_base = "somewhere"
+    again.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "molora.json").is_file()
+
+
+@pytest.mark.parametrize("path", ["mlp", "mlp.up_proj", "self_attn.v_proj"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_hooks_on_what_is_patched_stay_in_force(base, batch, path, grad):
+    model = copy.deepcopy(base)
+    hooked = model.model.layers[1].get_submodule(path)
+    hooked.register_forward_hook(lambda module, args, output: output * 0.5)
+    expected = model(**batch).logits
+    molora.inject(model, PLACEMENTS["recipe"])
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_offloaded_base_is_refused(base):
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(copy.deepcopy(base), execution_device=torch.device("cpu"))
+    with pytest.raises(molora.UserError, match="offloaded"):
+        molora.inject(model, PLACEMENTS["recipe"])
+
+
+def test_threads_do_not_take_what_waits_for_another(base, monkeypatch):
+    model = molora.inject(copy.deepcopy(base), PLACEMENTS["recipe"])
+    attention, computed = model.model.layers[0].self_attn, []
+    compute = SharedInput._compute
+    monkeypatch.setattr(SharedInput, "_compute", lambda self, x: (computed.append(x), compute(self, x))[1])
+    mine, others = torch.randn(2, 1, 3, 64).unbind(0)
+    attention.q_proj(mine)
+    other = threading.Thread(target=attention.q_proj, args=(others,))
+    other.start()
+    other.join()
+    attention.k_proj(mine)
+    assert len(computed) == 2

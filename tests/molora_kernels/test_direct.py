@@ -89,6 +89,16 @@ def test_what_does_not_train_gets_no_gradient() -> None:
         assert not forward(*leaves).requires_grad
 
 
+def test_a_forward_mode_derivative_is_refused() -> None:
+    """torch.library would give zeros."""
+    leaves, forward = block(torch.Generator().manual_seed(0))
+    of_x = lambda x: forward(x, *leaves[1:])  # noqa: E731 # a function of x alone, as jvp wants it
+    with pytest.raises(NotImplementedError, match="use_backend"):
+        torch.func.jvp(of_x, (leaves[0],), (torch.ones_like(leaves[0]),))
+    with mk.use_backend("reference"):
+        assert torch.func.jvp(of_x, (leaves[0],), (torch.ones_like(leaves[0]),))[1].abs().sum() > 0
+
+
 def test_a_second_derivative_is_refused() -> None:
     leaves, forward = block(torch.Generator().manual_seed(0))
     x = leaves[0].requires_grad_()

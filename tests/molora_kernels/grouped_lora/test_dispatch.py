@@ -8,7 +8,7 @@ import torch
 from molora_kernels import grouped_lora, use_form
 from molora_kernels.cpu import has_amx
 from molora_kernels.grouped_lora import dispatch, order
-from molora_kernels.grouped_lora.dispatch import Resolved, choose_form
+from molora_kernels.grouped_lora.dispatch import Resolved, choose_form, form_for
 
 
 @pytest.mark.parametrize(
@@ -130,3 +130,8 @@ def test_zeros_are_chosen_by_index_where_too_few_gates_are_not_zero() -> None:
     assert ordered.groups.tolist() == [[0, 2]] and ordered.tokens.tolist() == [0, 1, 2]
     nothing = order.order_of(torch.zeros(0, 4), 2)
     assert nothing.sizes == [] and nothing.groups.shape == (0, 2)
+
+
+def test_without_tokens_there_is_nothing_to_sort() -> None:
+    with use_form("grouped"):
+        assert form_for(torch.zeros(0, 64), experts=4, top_k=2, rank=8) == "dense"

@@ -206,6 +206,11 @@ def test_bad_input_teaches() -> None:
     run("mask is", gate, up, down, mask=torch.ones(4))
     run("dropout_p=1.0", gate, up, down, dropout_p=1.0)
     run("needs dropout_seed", gate, up, down, dropout_p=0.5)
+    wide = up._replace(lora_a=torch.zeros(6, 4), lora_b=torch.zeros(6, 6))
+    run("up has the total rank 6 and gate 4", gate, wide, down)
+    run(r"a bias is \(1,\)", gate, up._replace(bias=torch.zeros(1)), down)
+    for biases in (dict(bias=torch.zeros(1)), dict(selection_bias=torch.zeros(3))):
+        run("a bias of router 1", gate, up, down, routers=[routers[0], routers[1]._replace(**biases), routers[2]])
 
 
 def test_backward_saves_less_than_autograd_does_for_the_frozen_block() -> None:
