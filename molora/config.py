@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,8 +19,6 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from molora.errors import UserError
-
-_log = logging.getLogger(__name__)
 
 Group = Literal["router", "lora", "attn_lora"]
 
@@ -395,17 +391,13 @@ def find_preset(preset: str | Path) -> Path:
 
 
 def resolve(config: Config) -> Config:
-    """``config`` with all step counts in optimizer steps: the form that training uses and saves.
-
-    Warns of what has no effect, and is no error because a run that is tried for a few steps has such things too.
-    """
-    training = config.training.in_optimizer_steps()
-    for told in _without_effect(training):
-        _warn(told)
-    return config.model_copy(update={"training": training})
+    """``config`` with all step counts in optimizer steps: the form that training uses and saves."""
+    return config.model_copy(update={"training": config.training.in_optimizer_steps()})
 
 
-def _without_effect(training: Training) -> Iterator[str]:
+def without_effect(training: Training) -> Iterator[str]:
+    """What of a resolved section does nothing: to be warned of, and no error, since a run that is tried for a few steps
+    has such things too."""
     steps = training.max_train_steps
     for i, phase in enumerate(training.phases):
         if phase.step >= steps:
@@ -420,11 +412,6 @@ def _without_effect(training: Training) -> Iterator[str]:
         )
     if training.val_steps and not training.val_size:
         yield f"training.val_steps={training.val_steps} evaluates nothing: no rows are held out; set training.val_size"
-
-
-@cache  # once: a program may resolve the same configuration several times
-def _warn(told: str) -> None:
-    _log.warning("warning: %s", told)
 
 
 def check(

@@ -7,16 +7,19 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 import torch
 
 from molora import checkpoint, cli, distributed, preflight, provenance, trackers
 from molora.adapter import check_there, is_adapter, pick_device, read_manifest
-from molora.config import Config, find_preset, load, resolve, to_yaml
+from molora.config import Config, find_preset, load, resolve, to_yaml, without_effect
 from molora.data import Row, hold_out, read_rows
 from molora.errors import UserError
 from molora.trainer import Trainer
+
+_log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,6 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
 def run(config: Config, options: argparse.Namespace, world: distributed.World) -> None:
     """What the options ask for, with the processes of ``world``."""
     step_unit, config = config.training.step_unit, resolve(config)
+    for told in without_effect(config.training) if world.first else ():
+        _log.warning("warning: %s", told)
     name = find_preset(options.preset).stem
     if not options.output_dir and not name.strip("."):
         raise UserError(f"{options.preset}: gives no name for a folder in outputs/; give --output-dir")

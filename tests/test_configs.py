@@ -20,9 +20,8 @@ STAGE2 = ROOT / "configs/presets/reasoning/llama3.2_3b_mixture_lora_sft_cot.yml"
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_presets_are_valid(preset: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config.resolve(config.load(preset))
-    assert not caplog.records
+def test_presets_are_valid(preset: Path) -> None:
+    assert not list(config.without_effect(config.resolve(config.load(preset)).training))
 
 
 def test_the_stage_table() -> None:
