@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import molora
 from molora import convert, merge
@@ -70,6 +71,23 @@ def test_exported_folder_opens_with_transformers_and_equal_logits(adapter, tmp_p
     assert AutoTokenizer.from_pretrained(out)("one two").input_ids
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False)
+
+
+def test_an_exported_folder_takes_the_options_that_its_base_takes(adapter, tmp_path):
+    run("export", adapter, tmp_path / "whole")
+
+    def opened(**options: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "whole", trust_remote_code=True, **options)
+
+    given = {"attn_implementation": "eager", "output_hidden_states": True, "use_cache": False}
+    configured = AutoConfig.from_pretrained(tmp_path / "whole", trust_remote_code=True, **given)
+    configured.use_cache = False
+    for config in (opened(**given).config, opened(config=configured).config):
+        assert (config._attn_implementation, config.output_hidden_states, config.use_cache) == ("eager", True, False)
+    with pytest.raises(ValueError, match="nonsense"):
+        opened(attn_implementation="nonsense")
+    model, info = opened(output_loading_info=True, dtype=torch.bfloat16)
+    assert hasattr(model, "molora") and model.dtype == torch.bfloat16 and not info["missing_keys"]
 
 
 @pytest.mark.parametrize("scope", ["projection", "mlp"])
