@@ -323,7 +323,7 @@ def save_adapter(model: nn.Module, folder: str | Path, state_dict: Mapping[str, 
     manifest is whole.
 
     Raises:
-        ValueError: the model has no adapters, or no name or folder to find its base by.
+        ValueError: the model has no adapters, or no name or folder to find its base by, or ``state_dict`` lacks some.
         OSError: the disk is full or not writable; older files are untouched.
     """
     state = _state(model)
@@ -337,10 +337,15 @@ def save_adapter(model: nn.Module, folder: str | Path, state_dict: Mapping[str, 
     own = adapter_tensors(model)
     if any(".molora_adapters." in name for name, _ in own):
         raise ValueError("the model's adapters are PEFT's: save them by the PEFT model's own save_pretrained")
-    folder.mkdir(parents=True, exist_ok=True)
     if state_dict is not None:
+        if missing := [name for name, _ in own if name not in state_dict]:
+            raise ValueError(
+                f"state_dict lacks tensors of the adapter ({_listed('missing', missing)}); give one with the names of "
+                "model.state_dict()"
+            )
         own = [(name, state_dict[name]) for name, _ in own]
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in own}
+    folder.mkdir(parents=True, exist_ok=True)
     asides = [folder / (name + ".tmp") for name in (WEIGHTS, MANIFEST)]
     try:
         _write_aside(asides, tensors, base, model, state)

@@ -14,10 +14,12 @@ from molora.errors import UserError
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
 
 
-def add_model_options(parser: argparse.ArgumentParser, precisions: Sequence[str] = PRECISIONS) -> None:
-    """``--device`` and ``--precision``, as :func:`molora.load` takes them."""
+def add_model_options(
+    parser: argparse.ArgumentParser, precisions: Sequence[str] = PRECISIONS, auto: str = "the device's"
+) -> None:
+    """``--device`` and ``--precision``, as :func:`molora.load` takes them, or with another meaning of ``auto``."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
-    parser.add_argument("--precision", default="auto", choices=precisions, help="of the base (default: %(default)s)")
+    parser.add_argument("--precision", default="auto", choices=precisions, help=f"of the base (default: {auto})")
 
 
 def require_positive(options: argparse.Namespace, *names: str) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from molora import cli, eulerforge, export, merge, mixlora
-from molora.adapter import find_adapter, load, read_manifest, save_adapter
+from molora.adapter import describe_base, find_adapter, load, locate_base, read_manifest, save_adapter
+from molora.config import Config, check
 from molora.data import read_rows
 from molora.errors import UserError
 from molora.evaluate import evaluate
@@ -79,7 +80,7 @@ def run_import(options: argparse.Namespace) -> None:
     """Write an adapter that EulerForge or MoE-PEFT trained as an adapter folder."""
     given = Path(options.adapter)
     _check_out(options, given, Path(options.base))
-    model, tokenizer = load(options.base, options.device, options.precision)
+    model, tokenizer = load(options.base, options.device, _precision(options, options.base))
     (mixlora if mixlora.recognises(given) else eulerforge).put_on(model, given)
     with replacing(options.out) as folder:
         save_adapter(model, folder)
@@ -94,8 +95,17 @@ def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
             f"{options.adapter}: no adapter folder (adapter.safetensors and molora.json), and none that can be fetched "
             "from the Hugging Face hub; give a stage's final/, or a hub name"
         )
-    _check_out(options, folder, folder / read_manifest(folder)["base_model"])
-    return load(folder, options.device, options.precision)
+    manifest = read_manifest(folder)
+    _check_out(options, folder, folder / manifest["base_model"])
+    return load(folder, options.device, _precision(options, locate_base(folder, manifest)))
+
+
+def _precision(options: argparse.Namespace, base: str) -> str:
+    """``--precision``, or that of the base's files; fp32, which loses nothing, where its config.json does not say."""
+    if options.precision != "auto":
+        return options.precision
+    dtype = describe_base(check(Config, {"model_name": base}))[0].dtype
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(str(dtype).removeprefix("torch."), "fp32")
 
 
 def _check_out(options: argparse.Namespace, *read: Path) -> None:
@@ -149,7 +159,8 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("adapter", help="folder to read, such as a stage's final/; export and merge: or a hub name")
     command.add_argument("out", type=Path, help="folder to write")
     command.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
-    cli.add_model_options(command, cli.PRECISIONS[:4])  # a quantised base can neither be merged nor exported
+    # Without int8 and int4, which can neither be merged nor exported.
+    cli.add_model_options(command, cli.PRECISIONS[:4], auto="its own")
 
 
 if __name__ == "__main__":

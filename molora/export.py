@@ -56,10 +56,11 @@ class MoloraForCausalLM:
     config_class = MoloraConfig
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *_: Any, config: Any = None, **options: Any) -> PreTrainedModel:
+    def from_pretrained(cls, name: str | Path, *_: Any, config: MoloraConfig | None = None, **options: Any) -> Any:
         """The patched model of a folder or hub repository that :func:`save` wrote, in evaluation mode.
 
-        ``options`` are those of the base's own ``from_pretrained``. Raises :class:`UserError` for damaged files.
+        ``options`` are those of the base's own ``from_pretrained``; with ``output_loading_info`` it returns (model,
+        information about the base). Raises :class:`UserError` for damaged files.
         """
         hub = {
             key: options.pop(key) for key in ("revision", "token", "cache_dir", "local_files_only") if key in options
@@ -67,9 +68,25 @@ class MoloraForCausalLM:
         for of_this_file in ("trust_remote_code", "code_revision", "_commit_hash", "_from_auto", "adapter_kwargs"):
             options.pop(of_this_file, None)
         folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name), **hub))
+        options = _set_on(config, folder) | options
         base = folder / read_manifest(folder)["base_model"]
-        return put_on(AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, **options), folder).eval()
+        found: Any = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, **options)
+        model, *info = found if options.get("output_loading_info") else (found,)
+        put_on(model, folder).eval()
+        return (model, *info) if info else model
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
         """Called by transformers when it loads the class from the folder; the folder says all there is to register."""
+
+
+def _set_on(config: MoloraConfig | None, folder: Path) -> dict[str, Any]:
+    """Options for the base that ``AutoModelForCausalLM``, or the user, put into ``config``: what differs in it from the
+    folder's."""
+    if config is None:
+        return {}
+    own = MoloraConfig.from_pretrained(folder).to_diff_dict()
+    options = {key: value for key, value in config.to_diff_dict().items() if own.get(key) != value}
+    if config._attn_implementation:  # which is in no dictionary of a configuration
+        options["attn_implementation"] = config._attn_implementation
+    return options

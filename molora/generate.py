@@ -111,7 +111,10 @@ def _generate(
 ) -> list[Answer]:
     """One batch, in rounds of :data:`ROUND` tokens that share a KV cache; finished rows leave it between rounds."""
     stops = set(chat.stop_token_ids(tokenizer))
-    shared = _shared(prompts)
+    # A sliding window counts padding too: between the beginning and the rest it would push the beginning out.
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    slides = window is not None and max(map(len, prompts)) + max_new_tokens > window
+    shared = 0 if slides else _shared(prompts)
     ids, mask = _padded(prompts, shared, _pad_id(tokenizer), model.device)
     cache = prefix_cache(model, ids[0, :shared], len(prompts)) if shared and len(prompts) > 1 else None
     rows = list(range(len(prompts)))  # whose prompt is in which row of `ids`

@@ -78,7 +78,9 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         return args, kwargs
     ledger.current = None
     asked = kwargs.get("output_router_logits")
-    if asked:  # by TRL, for outputs.aux_loss; there are no logits of all routers to return
+    # By TRL, for outputs.aux_loss; its own head asks by itself where the configuration says so and nobody said no.
+    # There are no logits of all routers to return.
+    if asked or kwargs.get("fused_lm_head"):
         kwargs = kwargs | {"output_router_logits": False}
     if asked or kwargs.get("labels") is not None or (model.training and torch.is_grad_enabled()):
         given = (kwargs.get("input_ids"), *args[:1], kwargs.get("inputs_embeds"))

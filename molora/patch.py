@@ -158,7 +158,7 @@ def _sections(config: Config | Injection | Mapping[str, Any], moe: MoE | None) -
         return config.injection, moe or config.moe
     if isinstance(config, Injection):
         return config, moe or MoE()
-    if "injection" in config or "moe" in config:
+    if isinstance(config, Mapping) and ("injection" in config or "moe" in config):
         whole = check(Config, config)
         return whole.injection, moe or whole.moe
     return check(Injection, config, where="injection"), moe or MoE()
@@ -235,14 +235,15 @@ def _matches(path: str, keywords: list[str]) -> bool:
 
 def _require_matches(injection: Injection, family: Family, plans: dict[int, Plan], layer: nn.Module) -> None:
     planned = {path for plan in plans.values() for path in plan}
-    wanted = [("injection.target_keywords", injection.target_keywords)]
-    if injection.attn_lora.enabled:
-        wanted.append(("injection.attn_lora.keywords", injection.attn_lora.keywords))
     linears = [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    for key, keywords in wanted:
+    wanted = [("injection.target_keywords", injection.target_keywords, "")]
+    if injection.attn_lora.enabled:
+        wanted.append(("injection.attn_lora.keywords", injection.attn_lora.keywords, family.attention))
+    for key, keywords, within in wanted:
         for keyword in family.names(keywords):
-            if not any(_matches(path, [keyword]) for path in planned):
-                raise UserError(f"{key}: {keyword!r} matches no projection; a layer of this model has {linears}")
+            if not any(path.startswith(within) and _matches(path, [keyword]) for path in planned):
+                here = [path for path in linears if path.startswith(within)]
+                raise UserError(f"{key}: {keyword!r} matches no projection; a layer of this model has {here}")
 
 
 # --- patching ----------------------------------------------------------------------------------------------------

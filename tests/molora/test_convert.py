@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import molora
 from molora import convert, merge
@@ -70,6 +73,23 @@ def test_exported_folder_opens_with_transformers_and_equal_logits(adapter, tmp_p
         AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False)
 
 
+def test_an_exported_folder_takes_the_options_that_its_base_takes(adapter, tmp_path):
+    run("export", adapter, tmp_path / "whole")
+
+    def opened(**options: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "whole", trust_remote_code=True, **options)
+
+    given = {"attn_implementation": "eager", "output_hidden_states": True, "use_cache": False}
+    configured = AutoConfig.from_pretrained(tmp_path / "whole", trust_remote_code=True, **given)
+    configured.use_cache = False
+    for config in (opened(**given).config, opened(config=configured).config):
+        assert (config._attn_implementation, config.output_hidden_states, config.use_cache) == ("eager", True, False)
+    with pytest.raises(ValueError, match="nonsense"):
+        opened(attn_implementation="nonsense")
+    model, info = opened(output_loading_info=True, dtype=torch.bfloat16)
+    assert hasattr(model, "molora") and model.dtype == torch.bfloat16 and not info["missing_keys"]
+
+
 @pytest.mark.parametrize("scope", ["projection", "mlp"])
 def test_merging_experts_that_are_weighed_alike_loses_nothing(tiny_model_dir, tmp_path, rows_file, scope, capsys):
     adapter = saved(tiny_model_dir, tmp_path / "a", {"top_k": 4}, even=True, moe={"router_scope": scope})
@@ -88,6 +108,21 @@ def test_merging_experts_that_are_weighed_alike_loses_nothing(tiny_model_dir, tm
     lora = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
     assert not torch.allclose(logits(molora.load(tiny_model_dir, "cpu", "fp32")[0]), expected, atol=1e-2)
     torch.testing.assert_close(logits(lora), expected, rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_base_keeps_the_dtype_that_it_is_stored_in_whatever_the_machine_is_fast_in(
+    tiny_model_dir, tmp_path, dtype, monkeypatch
+):
+    shutil.copytree(tiny_model_dir, tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=dtype).save_pretrained(tmp_path / "base")
+    adapter = saved(tmp_path / "base", tmp_path / "adapter", {})
+    monkeypatch.setattr(molora.adapter, "cpu_has_fast_bf16", lambda: dtype == torch.float32)
+    for command, out in (("export", "whole/base"), ("merge", "dense")):
+        into = ["--into", "base"] if command == "merge" else []
+        convert.main([command, str(adapter), str(tmp_path / out.partition("/")[0]), "--device", "cpu", *into])
+        stored = load_file(tmp_path / out / "model.safetensors").values()
+        assert {tensor.dtype for tensor in stored} == {dtype}
 
 
 def test_what_merging_costs_is_measured_and_mean_gates_cost_less(adapter, tmp_path, rows_file, capsys):

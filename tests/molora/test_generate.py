@@ -2,11 +2,21 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import molora
 from molora import chat, generate, routing
@@ -17,10 +27,14 @@ QUESTIONS = ["what is one", "is it a plain answer in a few words", "the sum of t
 
 @pytest.fixture(scope="module")
 def model(tiny_config: LlamaConfig) -> LlamaForCausalLM:
-    # Weights large enough that the tokens differ from one another and from row to row.
+    return with_large_weights(LlamaForCausalLM, tiny_config)
+
+
+def with_large_weights(kind: type, config: PreTrainedConfig) -> Any:
+    """Large enough that the tokens differ from one another and from row to row."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = LlamaForCausalLM(tiny_config).eval()
+        model = kind(config).eval()
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -31,7 +45,7 @@ def prompts(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     return [chat.encode_prompt(tokenizer, [{"role": "user", "content": question}]) for question in QUESTIONS]
 
 
-def one_by_one(model: LlamaForCausalLM, prompt: list[int], steps: int, stops: list[int]) -> list[int]:
+def one_by_one(model: PreTrainedModel, prompt: list[int], steps: int, stops: list[int]) -> list[int]:
     """Greedy decoding from its definition: no cache, no padding."""
     ids = list(prompt)
     for _ in range(steps):
@@ -64,6 +78,24 @@ def test_batched_is_one_by_one(
     assert [answer.tokens for answer in answers] == expected
     assert [answer.finished for answer in answers] == [len(tokens) < 20 for tokens in expected]
     assert [answer.generated for answer in answers] == [min(len(tokens) + 1, 20) for tokens in expected]
+
+
+@pytest.mark.parametrize("window", [16, 59])
+def test_batched_is_one_by_one_in_a_sliding_window(chat_tokenizer: PreTrainedTokenizerFast, window: int) -> None:
+    config = MistralConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=window,
+    )
+    model, given = with_large_weights(MistralForCausalLM, config), prompts(chat_tokenizer)
+    assert len({len(prompt) for prompt in given}) > 1 and generate._shared(given) > 0
+    answers = generate.generate_tokens(model, chat_tokenizer, given, max_new_tokens=12, batch_size=8)
+    stops = chat.stop_token_ids(chat_tokenizer)
+    assert [answer.tokens for answer in answers] == [one_by_one(model, prompt, 12, stops) for prompt in given]
 
 
 def test_the_models_own_defaults_do_not_bend_it(

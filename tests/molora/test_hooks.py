@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import molora
-from molora import config, data, optim, routing
+from molora import config, data, hooks, optim, routing
 from molora.trainer import Trainer
 from tests.conftest import write_jsonl
 from tests.molora.test_routing import MOE, adapters, batch, formula, patched  # noqa: F401 # fixtures among them
@@ -254,6 +254,8 @@ def test_save_pretrained_writes_the_adapter_and_is_the_models_own_again_after_re
     gathered = {name: tensor + 1.0 for name, tensor in model.state_dict().items()}
     copied.save_pretrained(tmp_path / "copy")
     model.save_pretrained(tmp_path / "gathered", state_dict=gathered)
+    with pytest.raises(ValueError, match="state_dict lacks tensors"):
+        model.save_pretrained(tmp_path / "none", state_dict={f"module.{name}": x for name, x in gathered.items()})
     model.save_pretrained(tmp_path / "not_mine", is_main_process=False)
     assert not (tmp_path / "not_mine").exists()
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {"adapter.safetensors", "molora.json"}
@@ -278,3 +280,12 @@ def test_the_config_that_trl_reads_says_that_there_are_routers():
     molora.remove(model)
     molora.inject(model, {"lora_r": 2})
     assert model.config.output_router_logits is True and model.config.router_aux_loss_coef == 1.0
+
+
+def test_the_head_of_trl_is_not_asked_for_logits_of_routers():
+    """It reads the configuration where nobody says no (DPO without the router losses, and a reference model)."""
+    model = molora.inject(
+        LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1)).eval(), {"lora_r": 2}
+    )
+    given = {"input_ids": torch.ones(1, 3, dtype=torch.long), "fused_lm_head": True}
+    assert hooks._begin(model, (), given)[1]["output_router_logits"] is False

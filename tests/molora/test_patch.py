@@ -143,10 +143,12 @@ def test_layer_choice(base):
     [
         ({"target_keywords": ["gate_porj"]}, "gate_porj"),
         ({"attn_lora": {"keywords": ["qkv"]}}, "qkv"),
+        ({"attn_lora": {"keywords": ["gate_proj"]}}, "gate_proj"),  # a target, and none of attention's
         ({"layer_indices": [2]}, "numbered from 0"),
         ({"start_layer": 5}, "start_layer"),
         ({"injection": {"target_keywords": ["gate_proj"]}, "moe": {"router_scope": "mlp"}}, "router_scope"),
         ({"lora_rank": 4}, "lora_r"),
+        (None, "injection: "),
     ],
 )
 def test_bad_targets_are_refused_and_the_model_is_left_alone(base, config, message):
