@@ -119,9 +119,10 @@ def has_hooks(module: nn.Module) -> bool:
 class _Waiting(threading.local):
     """What the projections of one input that were not called yet are to give; each thread has its own."""
 
-    x: Tensor | None = None
-    state: tuple[int | None, bool, bool] | None = None
-    outputs: dict[int, Tensor] | None = None
+    def __init__(self) -> None:  # anew in each thread
+        self.x: Tensor | None = None
+        self.state: tuple[int | None, bool, bool] | None = None
+        self.outputs: dict[int, Tensor] | None = None
 
 
 class SharedInput:
