@@ -39,6 +39,18 @@ def test_molora_is_checked_as_it_is_measured(shape: Shape) -> None:
     assert mlp.fault("molora", shape) is None
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_yardstick_that_is_wrong_is_no_yardstick(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would find itself right, and whatever is as wrong."""
+
+    def stronger(p: Problem, shape: Shape) -> Variant:
+        return variants.naive(replace(p, scaling=1.2 * p.scaling), shape)
+
+    entry = replace(mlp.ENTRIES["naive loop"], build=stronger, eager=stronger)
+    monkeypatch.setitem(mlp.ENTRIES, "naive loop", entry)
+    assert "times what is allowed" in (mlp.fault("naive loop", replace(TINY, dtype=dtype)) or "")
+
+
 def off_by_a_thousandth(p: Problem, shape: Shape) -> Variant:
     right = variants.dense_eager(p, shape)
     return replace(right, forward=lambda x: 1.001 * right.forward(x))
