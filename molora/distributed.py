@@ -9,6 +9,7 @@ every device; ``fsdp`` spreads base and adapters over all of them (FSDP2) and ga
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -75,7 +76,8 @@ class World:
         if self.size == 1:
             return tensor
         all_of_them = tensor.new_empty(self.size * len(tensor))
-        dist.all_gather_into_tensor(all_of_them, tensor)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # until torch 2.12
+        gather(all_of_them, tensor)
         return all_of_them
 
     def gather(self, value: Value) -> list[Value]:
@@ -94,7 +96,10 @@ class World:
         return values[0]
 
     def together(self, check: Callable[[], Value]) -> Value:
-        """What ``check`` returns; an error of any process becomes everyone's, told once. No collectives within."""
+        """What ``check`` returns; an error of any process becomes everyone's, told once. Within, no collectives but
+        what every process comes to, in error too."""
+        if self.size == 1:
+            return check()
         value, error = None, None
         try:
             value = check()
@@ -102,7 +107,7 @@ class World:
             error = str(caught)
         found = {message: rank for rank, message in reversed(list(enumerate(self.gather(error)))) if message}
         if found:
-            self._end("; ".join(f"rank {rank}: {text}" if rank else text for text, rank in found.items()))
+            self.end("; ".join(f"rank {rank}: {text}" if rank else text for text, rank in found.items()))
         return value  # type: ignore[return-value] # no error, so it was set
 
     def require_same(self, what: str, value: Any, mend: str) -> None:
@@ -113,9 +118,9 @@ class World:
             if other != values[0]:
                 where, of_first, of_other = _first_difference(values[0], other)
                 where = ".".join([what, *where])
-                self._end(f"the processes differ in {where}: {of_first} on rank 0, {of_other} on rank {rank}; {mend}")
+                self.end(f"the processes differ in {where}: {of_first} on rank 0, {of_other} on rank {rank}; {mend}")
 
-    def _end(self, why: str) -> NoReturn:
+    def end(self, why: str) -> NoReturn:
         """End all processes, of which the first says why. It must be out of torchrun's reach when another ends, since
         torchrun then stops those that are left."""
         if self.size > 1:
@@ -130,19 +135,26 @@ class World:
         """The block runs in one process of each machine first, so that the others find what it left in a cache."""
         if self.size > 1 and self.local_rank:
             dist.barrier()
-        yield
-        if self.size > 1 and not self.local_rank:
-            dist.barrier()
+        try:
+            yield
+        finally:  # the others are waiting, and may find the same error
+            if self.size > 1 and not self.local_rank:
+                dist.barrier()
 
 
 @contextmanager
 def joined() -> Iterator[World]:
     """The processes that torchrun started, or this one alone.
 
-    Only the first prints to standard output. Where another process is lost, or talking to it fails, the ones that are
-    left end with a :class:`UserError` that keeps the cause and says how to go on.
+    Only the first prints to standard output, and warns. Where another process is lost, or talking to it fails, the ones
+    that are left end with a :class:`UserError` that keeps the cause and says how to go on.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise UserError(
+                f"WORLD_SIZE is {size}, and torchrun did not start this process: each would train by itself, in one "
+                "output folder; start the processes with torchrun, or unset WORLD_SIZE for a run of one"
+            )
         yield World()
         return
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
@@ -154,6 +166,7 @@ def joined() -> Iterator[World]:
         if not world.first:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             transformers_logging.disable_progress_bar()
+            logging.getLogger("molora").setLevel(logging.ERROR)  # the first warns
         try:
             yield world
             dist.destroy_process_group()

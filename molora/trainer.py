@@ -64,10 +64,7 @@ class Trainer:
             checkpoint.check_same_run(start, config, self.provenance)
 
         seed_everything(config.seed)
-        self.model, self.tokenizer = adapter.build(config)
-        check_head(self.model)
-        if start is not None:
-            adapter.load_weights(self.model, start)
+        self.model, self.tokenizer = world.together(lambda: self._open_model(start))
         self._share_model()
         checkpoint_activations(self.model, config.model.gradient_checkpointing)
         if config.model.compile:
@@ -75,13 +72,10 @@ class Trainer:
         # Saved with the adapter, so that every program that loads it speaks the format that was trained.
         chat.settle_template(self.tokenizer)
         self.collate = data.Collate(self.tokenizer)
-        train_rows, val_rows = data.hold_out(rows, config.training.val_size, config.seed)
-        self.examples = self._encode(train_rows)
+        self.examples, self.held_out = world.together(lambda: self._encode_all(rows))
         self.rows = len(self.examples)
         if config.data.packing:
             self.examples = packing.pack(self.examples, config.data.max_length)
-        self.held_out = self._encode(val_rows, held_out=True) if val_rows else None
-        self._check_vocabulary()
         self.domains = metrics.Domains(span for example in self.examples.rows for span in data.spans(example))
         self.optimizer, self.schedule = optim.build(self.model, config.training)
         self.guard = guard.Guard(self.model, config.training.max_skipped_steps, self._add_spread or World().sum)
@@ -117,6 +111,13 @@ class Trainer:
             "kernels.backend=torch does without; TRITON_INTERPRET)",
         )
 
+    def _open_model(self, start: Path | None) -> tuple[PreTrainedModel, Any]:
+        model, tokenizer = adapter.build(self.config)
+        check_head(model)
+        if start is not None:
+            adapter.load_weights(model, start)
+        return model, tokenizer
+
     def _share_model(self) -> None:
         """Spread the model over the processes, if it is to be: one base, then, not the files of another machine."""
         world, self._add_spread = self.world, None
@@ -129,16 +130,23 @@ class Trainer:
             distributed.shard(self.model, world)
             self._add_spread = world.sum
 
+    def _encode_all(self, rows: Sequence[Row]) -> tuple[data.Examples, data.Examples | None]:
+        """What is trained on and, if there are any, what is held out."""
+        train_rows, val_rows = data.hold_out(rows, self.config.training.val_size, self.config.seed)
+        examples = self._encode(train_rows)
+        held_out = self._encode(val_rows, held_out=True) if val_rows else None
+        self._check_vocabulary([*examples.rows, *(held_out.rows if held_out else ())])
+        return examples, held_out
+
     def _encode(self, rows: Sequence[Row], *, held_out: bool = False) -> data.Examples:
         settings = self.config.data
         # What the first finds in the cache, or leaves there, the others find; without one, all work at once.
         with self.world.first_on_each_machine() if settings.cache else nullcontext():
             return data.encode_rows(self.tokenizer, rows, settings.max_length, cache=settings.cache, held_out=held_out)
 
-    def _check_vocabulary(self) -> None:
+    def _check_vocabulary(self, examples: Sequence[data.Example]) -> None:
         """The tokenizer may be another's: on a GPU an index out of range says nothing of where it came from."""
         rows = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type] # an nn.Embedding
-        examples = [*self.examples.rows, *(self.held_out.rows if self.held_out else ())]
         largest = max(int(example.input_ids.max()) for example in examples)
         if largest >= rows:
             raise UserError(
@@ -154,8 +162,7 @@ class Trainer:
         """
         training, progress, meter = self.config.training, self.progress, metrics.Meter()
         first = self.world.first
-        if first:
-            trackers.log_in(self.config.logging)
+        self.world.together(lambda: trackers.log_in(self.config.logging) if first else None)
         if first and not self.resume:
             checkpoint.clear(self.output)
         if first:
@@ -366,7 +373,7 @@ class Trainer:
             log.write(at, warning=warning)
             tqdm.write(f"warning: step {at}: {warning}")
         if findings.stop:
-            raise UserError(findings.stop)
+            self.world.end(findings.stop)  # all find it
         loss = f"{values['loss']:.4f}" if "loss" in values else "not finite"
         bar.set_postfix(loss=loss, tokens_s=round(values["tokens_per_second"]))
         if bar.disable:  # no terminal to draw on: lines, so that a log file shows where the run is

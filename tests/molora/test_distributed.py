@@ -322,11 +322,27 @@ def test_a_killed_process_ends_the_run_with_a_checkpoint_to_go_on_from(
     assert not distance(two_processes / f"plain {parallel}", output).any()
 
 
-def test_bad_input_is_told_once(tiny_model_dir: Path, rows: Path, tmp_path: Path) -> None:
-    given = arguments(tiny_model_dir, rows, tmp_path / "run", FSDP, "model.load_precision.mode=int4")
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ([FSDP, "model.load_precision.mode=int4"], "fsdp spreads bases of 16 or 32 bits only"),
+        (["data.max_length=3"], "within data.max_length=3"),  # found by the first, while the others wait for its tokens
+        (["injection.target_keywords=[gate]"], "'gate' matches no projection"),  # with the model
+    ],
+)
+def test_bad_input_is_told_once(
+    settings: list[str], told: str, tiny_model_dir: Path, rows: Path, tmp_path: Path
+) -> None:
+    given = arguments(tiny_model_dir, rows, tmp_path / "run", *settings)
     code, _, err = in_two_processes("molora.train", *given)
     assert code != 0
-    assert err.count("fsdp spreads bases of 16 or 32 bits only") == 1, err
+    assert err.count(told) == err.count("error: ") == 1, err
+
+
+def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start the processes with torchrun"), distributed.joined():
+        pass
 
 
 @pytest.mark.skipif(not compiler_installed(), reason="there is no C++ compiler here")
