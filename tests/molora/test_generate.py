@@ -81,16 +81,11 @@ def test_batched_is_one_by_one(
 
 
 @pytest.mark.parametrize("window", [16, 59])
-def test_batched_is_one_by_one_in_a_sliding_window(chat_tokenizer: PreTrainedTokenizerFast, window: int) -> None:
-    config = MistralConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=window,
-    )
+def test_batched_is_one_by_one_in_a_sliding_window(
+    chat_tokenizer: PreTrainedTokenizerFast, tiny_config: LlamaConfig, window: int
+) -> None:
+    shape = {key: value for key, value in tiny_config.to_diff_dict().items() if key in MistralConfig().to_dict()}
+    config = MistralConfig(**shape | {"model_type": "mistral", "sliding_window": window})
     model, given = with_large_weights(MistralForCausalLM, config), prompts(chat_tokenizer)
     assert len({len(prompt) for prompt in given}) > 1 and generate._shared(given) > 0
     answers = generate.generate_tokens(model, chat_tokenizer, given, max_new_tokens=12, batch_size=8)
