@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from bench import mlp, record
-from bench.problem import Shape
+from bench.arguments import add_run, add_shape, positive
+from bench.problem import DTYPES, Shape
 
 VALUES = {
     "tokens": (64, 256, 1024, 4096, 16384),
@@ -30,11 +31,9 @@ PEERS = ("eulerforge", "PEFT LoRA r=128")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--over", choices=list(VALUES), required=True)
-    parser.add_argument("--values", type=int, nargs="+", help="default: a list for each in bench/sweep.py")
-    for name, default in asdict(Shape()).items():
-        help_text = f"(default: {default})"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help=help_text)
-    mlp.add_run_arguments(parser)
+    parser.add_argument("--values", type=positive, nargs="+", help="default: a list for each in bench/sweep.py")
+    add_shape(parser, Shape(), filled=False, dtype=DTYPES)
+    add_run(parser)
     parser.add_argument("--only", nargs="+", choices=list(mlp.ENTRIES), help="beside the frozen base")
 
 
