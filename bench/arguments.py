@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import tempfile
 from collections.abc import Collection, Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 
@@ -88,10 +90,23 @@ def check_top_k(top_k: int, experts: int) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise :class:`Mistake` for a device that is not there."""
+    """Raise :class:`Mistake` for a device that is not there, and a file that cannot be written."""
+    for name in ("json", "markdown"):
+        if (path := getattr(options, name, None)) is not None:
+            _check_target(f"--{name} {path}", Path(path))
     wanted = re.fullmatch(r"cuda(?::(\d+))?", str(getattr(options, "device", "")))
     if wanted and not getattr(options, "list", False):
         import torch  # a second, which what needs no device need not wait
 
         if int(wanted[1] or 0) >= torch.cuda.device_count():
             raise Mistake(f"--device {wanted[0]}: there is no such device here; --device cpu needs none")
+
+
+def _check_target(said: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise Mistake(f"{said}: is no file, and one is to be written; choose another name")
+        tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent).close()
+    except OSError as error:
+        raise Mistake(f"{said}: cannot be written ({error.strerror or error})") from error

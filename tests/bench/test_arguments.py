@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import decode, mlp
+from bench import arguments, decode, mlp
 from bench.__main__ import main
 
 
@@ -102,3 +103,31 @@ def test_a_mistake_is_told_without_pydantic_too() -> None:
         [sys.executable, "-c", script, "mlp", "--top-k", "5"], check=False, capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stderr.startswith("error: --top-k 5")
+
+
+@pytest.mark.usefixtures("nothing_measured")
+@pytest.mark.parametrize(
+    "command", ["mlp", "op", "expand", "step", "sweep --over rank", "decode --model m", "host", "metrics", "compile"]
+)
+def test_where_a_result_cannot_be_written_nothing_is_measured(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, within_a_file = tmp_path / "folder", tmp_path / "file" / "result.json"
+    folder.mkdir()
+    within_a_file.parent.write_text("")
+    assert f"--json {folder}: is no file" in told([*command.split(), "--json", str(folder)], capsys)
+    assert f"--json {within_a_file}: cannot be written" in told(
+        [*command.split(), "--json", str(within_a_file)], capsys
+    )
+    assert sorted(tmp_path.iterdir()) == [within_a_file.parent, folder]
+
+
+def test_the_compile_matrixs_table_has_to_be_writable_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--markdown /dev/null: is no file" in told(["compile", "--markdown", "/dev/null"], capsys)
+
+
+def test_a_result_that_is_there_may_be_written_again(tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_text("{}")
+    arguments.check(argparse.Namespace(json=str(old), markdown=tmp_path / "new" / "table.md"))
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["new", "old.json"] and old.read_text() == "{}"
