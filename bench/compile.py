@@ -31,6 +31,7 @@ from bench.registry import KERNEL_MODULES
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 """CUDA compute capabilities. AMD's gfx942 compiles too, when asked for."""
+QUICK = ("80", "90", "120")
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ class Compiled:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--arch", nargs="+", type=_architecture, default=ARCHITECTURES, help="such as 80 90 gfx942 (default: 80 to 120)"
-    )
+    parser.add_argument("--arch", nargs="+", type=_architecture, help="such as 80 90 gfx942 (default: 80 to 120)")
     parser.add_argument("--kernel", nargs="+", help="only kernels whose name contains one of these")
-    parser.add_argument("--quick", action="store_true", help="one case per kernel and dtype, for 80, 90 and 120")
+    parser.add_argument(
+        "--quick", action="store_true", help="one case per kernel and dtype (default: for 80, 90 and 120)"
+    )
     parser.add_argument(
         "--jobs", type=positive, default=min(2, os.cpu_count() or 1), help="processes (default: up to 2)"
     )
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         # The interpreter's kernels cannot be compiled, and workers inherit this environment.
         os.environ["TRITON_INTERPRET"] = "0"
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-        architectures = ("80", "90", "120") if arguments.quick else arguments.arch
+        architectures = arguments.arch or (QUICK if arguments.quick else ARCHITECTURES)
         tasks = _tasks(architectures, arguments.quick)
         tasks = [task for task in tasks if any(name in task.kernel for name in arguments.kernel or [""])]
         if not tasks:
