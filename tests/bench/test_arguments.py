@@ -69,6 +69,8 @@ def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         ("decode --model m --batch 4 0", "--batch: 0: must be at least 1"),
         ("decode --model /nonexistent", "/nonexistent"),
         ("metrics --set nonsense=3", "nonsense"),
+        ("all --match typo", "--match typo: no result's name for cpu contains it"),
+        ("all --match cuda --list", "--match cuda: no result's name for cpu contains it"),
         ("compile --arch foo", "--arch: foo: must be a CUDA compute capability"),
         ("compile --arch 12", "--arch: 12: must be a CUDA compute capability"),
         ("compile --merge /nonexistent.json", "--merge /nonexistent.json: cannot be read"),
