@@ -1,7 +1,8 @@
 """``python -m bench <command>``.
 
 A command is a module with a docstring (its first line is the help), ``add_arguments(parser)`` and
-``run(arguments) -> exit code``; it is listed here and imported when it is asked for.
+``run(options) -> exit code``; it is listed here and imported when it is asked for. A mistake in the options is one line
+and exit code 2. When interrupted, it says where it was.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+
+from bench import arguments
 
 COMMANDS = {
     "mlp": "bench.mlp",
@@ -37,7 +40,17 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_arguments(own)
-    return command.run(own.parse_args(argv[1:]))
+    options = own.parse_args(argv[1:])
+    try:
+        arguments.check(options)
+        return command.run(options)
+    except ValueError as error:
+        # Where molora was not imported, it has not raised: most commands run without it, and without pydantic.
+        errors = sys.modules.get("molora.errors")
+        if not isinstance(error, (arguments.Mistake, errors.UserError) if errors else arguments.Mistake):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every result that the documentation shows, one command each, then ``report``.
+"""Every result that the documentation shows, one command each; ``report`` then puts them there.
 
 Each runs in a process of its own; one that fails does not stop the others, and the exit code says that one did.
 """
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+from bench.arguments import Mistake
 from bench.report import RESULTS
 
 WITHOUT_COMPILING = (
@@ -77,9 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     root, failed = RESULTS.parent.parent, []
-    for name, arguments in commands(options.device):
-        if options.match not in name:
-            continue
+    chosen = {name: arguments for name, arguments in commands(options.device) if options.match in name}
+    if not chosen:
+        raise Mistake(f"--match {options.match}: no result's name for {options.device} contains it; --list shows them")
+    for name, arguments in chosen.items():
         whole = [*arguments, "--json", str(RESULTS.relative_to(root) / f"{name}.json")]
         print("python -m bench", shlex.join(whole), flush=True)
         if not options.list:

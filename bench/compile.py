@@ -25,11 +25,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench.arguments import Mistake, positive
 from bench.provenance import commit_of, provenance
 from bench.registry import KERNEL_MODULES
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 """CUDA compute capabilities. AMD's gfx942 compiles too, when asked for."""
+QUICK = ("80", "90", "120")
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,14 @@ class Compiled:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="such as 80 90 gfx942 (default: 80 to 120)")
+    parser.add_argument("--arch", nargs="+", type=_architecture, help="such as 80 90 gfx942 (default: 80 to 120)")
     parser.add_argument("--kernel", nargs="+", help="only kernels whose name contains one of these")
-    parser.add_argument("--quick", action="store_true", help="one case per kernel and dtype, for 80, 90 and 120")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: up to 2)")
+    parser.add_argument(
+        "--quick", action="store_true", help="one case per kernel and dtype (default: for 80, 90 and 120)"
+    )
+    parser.add_argument(
+        "--jobs", type=positive, default=min(2, os.cpu_count() or 1), help="processes (default: up to 2)"
+    )
     parser.add_argument("--json", type=Path, help="write every row, with commit and versions, to this file")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument(
@@ -78,20 +84,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _architecture(text: str) -> str:
+    """Triton knows no GPU before 75; of later ones its assembler knows which there are."""
+    if not re.fullmatch(r"7[5-9]|[89]\d|1\d\d|gfx\d[0-9a-f]{2,3}", text):
+        raise argparse.ArgumentTypeError(f"{text}: must be a CUDA compute capability such as 90, or such as gfx942")
+    return text
+
+
 def run(arguments: argparse.Namespace) -> int:
     if arguments.merge:
-        runs = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.merge]
-        sources = [source for found in runs for source in found["runs"]]
+        runs = [_read_json(path) for path in arguments.merge]
+        sources = [source for found, _ in runs for source in found]
         last: dict[tuple[str, str], list[Compiled]] = {}
-        for found in runs:
-            rows = sorted((Compiled(*row) for row in found["rows"]), key=_of_kernel)
+        for _, found in runs:
+            rows = sorted(found, key=_of_kernel)
             last |= {key: list(group) for key, group in groupby(rows, _of_kernel)}
         rows = [row for group in last.values() for row in group]
     else:
         # The interpreter's kernels cannot be compiled, and workers inherit this environment.
         os.environ["TRITON_INTERPRET"] = "0"
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-        architectures = ("80", "90", "120") if arguments.quick else arguments.arch
+        architectures = arguments.arch or (QUICK if arguments.quick else ARCHITECTURES)
         tasks = _tasks(architectures, arguments.quick)
         tasks = [task for task in tasks if any(name in task.kernel for name in arguments.kernel or [""])]
         if not tasks:
@@ -114,6 +127,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _of_kernel(row: Compiled) -> tuple[str, str]:
     return row.arch, row.kernel
+
+
+def _read_json(path: Path) -> tuple[list[dict[str, Any]], list[Compiled]]:
+    """What :func:`_write_json` was given."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Mistake(f"--merge {path}: cannot be read ({error})") from error
+    if not isinstance(found, dict) or found.get("columns") != [field.name for field in fields(Compiled)]:
+        raise Mistake(f"--merge {path}: was not written by this version's compile --json")
+    return found["runs"], [Compiled(*row) for row in found["rows"]]
 
 
 def _write_json(path: Path, sources: list[dict[str, Any]], rows: list[Compiled]) -> None:

@@ -19,15 +19,16 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
 import molora
 from bench import measure, record
+from bench.arguments import positive, several
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="base model folder")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8], help="rows at a time")
-    parser.add_argument("--tokens", type=int, default=16, help="written after a prompt of as many")
-    parser.add_argument("--lora-r", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch, on a CPU")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 4, 8], help="rows at a time")
+    parser.add_argument("--tokens", type=several, default=16, help="written after a prompt of as many; 2 or more")
+    parser.add_argument("--lora-r", type=positive, default=32)
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--threads", type=positive, default=2, help="of PyTorch, on a CPU")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--json", metavar="FILE", help="write the rows with provenance here")

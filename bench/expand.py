@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bench import check, measure, record
+from bench.arguments import add_run, positive
 from bench.measure import Variant
-from bench.mlp import add_run_arguments
 from bench.problem import DTYPES
 
 BASE, EAGER = "frozen alone", "beside it, after"
@@ -25,11 +25,11 @@ SHAPES = {"cpu": ((1024, 2816), (2816, 1024)), "cuda": ((3072, 8192), (8192, 307
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--columns", type=int, default=128, help="of h: experts x rank")
+    parser.add_argument("--tokens", type=positive, default=2048)
+    parser.add_argument("--columns", type=positive, default=128, help="of h: experts x rank")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", choices=SHAPES, default="cpu")
-    add_run_arguments(parser)
+    add_run(parser)
 
 
 def run(options: argparse.Namespace) -> int:

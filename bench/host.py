@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import molora_kernels as mk
 from bench import peers, record, step
+from bench.arguments import count, positive
 from bench.registry import KERNEL_MODULES
 from molora.trainer import checkpoint_activations
 
@@ -38,8 +39,8 @@ LAUNCHES_NOTHING = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpointing", default="none", choices=["none", "non_reentrant", "reentrant"])
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--rounds", type=positive, default=60)
+    parser.add_argument("--warmup", type=count, default=10)
     parser.add_argument("--json", metavar="FILE", help="write the rows with provenance here")
 
 

@@ -68,8 +68,9 @@ def interleaved(
     """Times of each variant's parts, ``rounds`` times in turn, after ``warmup`` rounds that do not count.
 
     Each round has an order of its own, so that what a variant leaves in caches and in the allocator falls on all alike,
-    and starts without gradients. Each reads new tokens, as a step of training does: a library that compiles for the
-    number of rows an expert gets (oneDNN) has then to do so as it would there. On CUDA the parts are measured on the
+    and starts without gradients. Each is given new tokens, as a step of training is: a library that compiles for the
+    number of rows an expert gets (oneDNN) has then to do so as it would there. (``step`` and ``expand`` do not read
+    them: their variants have inputs of their own, the same in all rounds.) On CUDA the parts are measured on the
     device, by events; before each of them the L2 cache is flushed, and the device is kept busy while the part is being
     queued.
     """

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench import record, step
+from bench.arguments import count, positive
 from molora.config import Config, load, resolve
 from molora.data import Batch, Row, read_rows
 from molora.trainer import Trainer
@@ -51,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset", help="a run of molora.train; default: the tiny Llama of `bench step`, 4 x 512 tokens"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="as for molora.train")
-    parser.add_argument("--rounds", type=int, default=35)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=35)
+    parser.add_argument("--warmup", type=count, default=3)
     parser.add_argument("--json", metavar="FILE", help="write the rows with provenance here")
 
 

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 import molora_kernels as mk
 from bench import check, measure, peers, record, variants
+from bench.arguments import add_run, add_shape
 from bench.machine import Roofline, roofline
 from bench.measure import Variant
-from bench.problem import Problem, Shape, problem
+from bench.problem import DTYPES, Problem, Shape, problem
 from bench.variants import Build
 from molora_kernels.grouped_lora.dispatch import form_for
 from molora_kernels.mlp_block import cost
@@ -182,17 +183,9 @@ def floors(shape: Shape, machine: Roofline) -> dict[str, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for name, default in asdict(Shape()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    add_run_arguments(parser)
+    add_shape(parser, Shape(), dtype=DTYPES)
+    add_run(parser)
     parser.add_argument("--only", nargs="+", choices=list(ENTRIES), help="beside the frozen base")
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch, on a CPU")
-    parser.add_argument("--json", metavar="FILE", help="write the rows with provenance here")
 
 
 def run(options: argparse.Namespace) -> int:

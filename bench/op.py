@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 import molora_kernels as mk
 from bench import check, measure, record
+from bench.arguments import add_run, add_shape
 from bench.machine import Roofline, roofline
 from bench.measure import Variant
-from bench.mlp import CHECKED_TOKENS, add_run_arguments
-from bench.problem import Problem, Shape, problem
+from bench.mlp import CHECKED_TOKENS
+from bench.problem import DTYPES, Problem, Shape, problem
 from molora_kernels.grouped_lora import cost as grouped_cost
 from molora_kernels.router import cost as router_cost
 
@@ -236,10 +237,8 @@ def cases(shape: Shape) -> dict[str, Case]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for name, default in asdict(Shape()).items():
-        if name != "dropout":
-            parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    add_run_arguments(parser)
+    add_shape(parser, Shape(), without=["dropout"], dtype=DTYPES)
+    add_run(parser)
 
 
 def run(options: argparse.Namespace) -> int:

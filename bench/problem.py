@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import molora_kernels as mk
+from bench.arguments import check_top_k
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,6 +27,9 @@ class Shape:
     dtype: str = "fp32"
     device: str = "cpu"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_top_k(self.top_k, self.experts)
 
     @property
     def torch_dtype(self) -> torch.dtype:

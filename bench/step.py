@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import molora_kernels as mk
 from bench import check, measure, peers, record
+from bench.arguments import add_run, add_shape
 from bench.measure import MIB, Outputs, Variant
-from bench.mlp import add_run_arguments
 from bench.problem import DTYPES
+from molora import config as configuration
 from molora import inject, parameter_groups, routing
 from molora.config import Injection, LoadBalance, MoE
 from molora.data import Batch
@@ -151,10 +152,11 @@ def molora(form: Form = "auto", moe: MoE | None = None) -> Build:
 
 def injection(shape: Shape) -> Injection:
     # B is not zero here, so that a wrong expert shows; it costs the same.
-    return Injection(
-        num_experts=shape.experts, top_k=shape.top_k, lora_r=shape.rank, lora_alpha=2 * shape.rank,
-        lora_dropout=shape.dropout, init_b_std=0.02,
-    )  # fmt: skip
+    given = {
+        "num_experts": shape.experts, "top_k": shape.top_k, "lora_r": shape.rank, "lora_alpha": 2 * shape.rank,
+        "lora_dropout": shape.dropout, "init_b_std": 0.02,
+    }  # fmt: skip
+    return configuration.check(Injection, given, where="the step's experts")
 
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -311,11 +313,9 @@ def batch_of(shape: Shape, vocabulary: int | None = None) -> Batch:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    choices = {"model": list(MODELS), "checkpointing": ["none", "non_reentrant", "reentrant"], "dtype": list(DTYPES)}
-    for name, default in asdict(Shape()).items():
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(default), default=default, choices=choices.get(name))
-    add_run_arguments(parser)
+    kinds = ("none", "non_reentrant", "reentrant")
+    add_shape(parser, Shape(), model=MODELS, checkpointing=kinds, dtype=DTYPES)
+    add_run(parser)
     parser.add_argument("--only", nargs="+", choices=list(STEPS), help="beside the frozen base")
     parser.add_argument(
         "--compile", action="store_true", help="base and molora through torch.compile too: minutes more"
@@ -337,6 +337,7 @@ def measured(
     shape: Shape, only: Sequence[str] | None, rounds: int, warmup: int, compiled: bool = False
 ) -> dict[str, Any]:
     """Check, then time: the part of a result that is about one shape."""
+    injection(shape)  # raises for experts that no configuration can have, before the base is measured for them
     names = [name for name in STEPS if not only or name in (BASE, *only)]
     if compiled:
         names += [name + COMPILED for name in (BASE, "molora")]

@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import record
-from bench.problem import Shape
+from bench.arguments import add_shape, count, positive
+from bench.problem import DTYPES, Shape
 
 TILES = "molora_kernels.grouped_lora.tiles"
 Candidate = dict[str, Any]
@@ -378,12 +379,13 @@ def _timed(name: str, shape: Shape, candidate: Candidate, expected: Tensor | Non
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for name, default in asdict(DEFAULT).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    add_shape(parser, DEFAULT, dtype=DTYPES)
     parser.add_argument("--only", nargs="+", choices=list(TARGETS))
     parser.add_argument("--seconds", type=float, default=90, help="most that compiling may take; what is late is left")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that compile")
-    parser.add_argument("--best", type=int, default=4, help="lines to print for each operation")
+    parser.add_argument(
+        "--jobs", type=positive, default=max(1, (os.cpu_count() or 2) - 1), help="processes that compile"
+    )
+    parser.add_argument("--best", type=count, default=4, help="lines to print for each operation")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row, with commit and versions, here")
 
 

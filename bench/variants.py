@@ -31,8 +31,14 @@ def unpatched(p: Problem, shape: Shape) -> Variant:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
+    config = LlamaConfig(
+        hidden_size=p.x.shape[1],
+        intermediate_size=len(p.weights()[0]),
+        num_attention_heads=1,  # a block has none, but a configuration's must divide its hidden size
+        num_key_value_heads=1,
+    )
     with torch.device("meta"):
-        mlp = LlamaMLP(LlamaConfig(hidden_size=p.x.shape[1], intermediate_size=len(p.weights()[0])))
+        mlp = LlamaMLP(config)
     mlp.load_state_dict(frozen_mlp(p).state_dict(), assign=True)
     return Variant(mlp.requires_grad_(False), [], lambda _: {})
 

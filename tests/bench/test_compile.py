@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,3 +46,31 @@ def test_a_kernel_compiled_again_takes_the_place_of_what_it_was(tmp_path: Path) 
     assert merge([old, new], json=tmp_path / "all.json") == 0
     rows = json.loads((tmp_path / "all.json").read_text())["rows"]
     assert [row[1:3] + row[4:5] for row in rows] == [["a_kernel", "bf16", 80], ["b_kernel", "bf16", 96]]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], compile_matrix.ARCHITECTURES),
+        (["--quick"], ("80", "90", "120")),
+        (["--quick", "--arch", "86", "gfx942"], ["86", "gfx942"]),
+        (["--arch", "86"], ["86"]),
+    ],
+)
+def test_the_architectures_asked_for_are_compiled(
+    words: list[str], expected: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Sequence[str], bool]] = []
+
+    def tasks(architectures: Sequence[str], quick: bool) -> list[object]:
+        asked.append((architectures, quick))
+        return []
+
+    monkeypatch.setattr(compile_matrix, "_tasks", tasks)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which the command sets, and others' tests need as it is
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    parser = argparse.ArgumentParser()
+    compile_matrix.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        compile_matrix.run(parser.parse_args([*words, "--kernel", "nothing"]))
+    assert asked == [(expected, "--quick" in words)]

@@ -34,6 +34,10 @@ def test_every_variant_keeps_to_its_definition(name: str, dtype: str) -> None:
         pytest.skip(str(reason))
 
 
+def test_a_hidden_size_need_not_be_one_of_32_heads() -> None:
+    assert mlp.fault("transformers LlamaMLP", replace(TINY, hidden=40)) is None
+
+
 @pytest.mark.parametrize("shape", [replace(TINY, dropout=0.3), replace(TINY, top_k=1), replace(TINY, top_k=4)])
 def test_molora_is_checked_as_it_is_measured(shape: Shape) -> None:
     assert mlp.fault("molora", shape) is None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,27 @@ def test_a_copy_that_does_not_know_its_commit_is_shown_too() -> None:
     results: Any = copy.deepcopy(report.load())
     results["mlp-cpu-fp32"]["provenance"]["commit"] = None
     assert "commit unknown" in tables.origin_cpu(results)
+
+
+def test_what_has_no_shape_is_left_out(tmp_path: Path) -> None:
+    """``bench compile`` and ``bench metrics`` may write to the same folder."""
+    for name in ("mlp-cpu-fp32", "sweep-cpu-fp32-rank"):
+        shutil.copy(report.RESULTS / f"{name}.json", tmp_path)
+    (tmp_path / "metrics.json").write_text(json.dumps({"op": "metrics", "ratio": 1.0}))
+    (tmp_path / "compile.json").write_text(json.dumps({"runs": [{"commit": "0"}], "columns": [], "rows": []}))
+    (tmp_path / "list.json").write_text("[]")
+    results = report.load(tmp_path)
+    assert list(results) == ["mlp-cpu-fp32", "sweep-cpu-fp32-rank"]
+    assert "`mlp-cpu-fp32`" in tables.origin_cpu(results)
+
+
+def test_a_result_that_is_cut_off_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mlp-cpu-fp32.json").write_text('{"op": "ml')
+    monkeypatch.setattr(report, "load", functools.partial(report.load, tmp_path))
+    assert main(["report"]) == 2
+    assert f"error: {tmp_path}/mlp-cpu-fp32.json: is no JSON" in capsys.readouterr().err
 
 
 ROW = {"fwd_ms": 1.0, "bwd_ms": 2.0, "total_ms": 3.0, "ratio_quartiles": [1.0, 1.3], "saved_mib": 1.0}
