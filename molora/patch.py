@@ -74,7 +74,7 @@ def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe:
     fused = (
         getattr(model.config, "hidden_act", None) == "silu"
         and all(is_dense(linear) for linear in linears)
-        and not any(has_hooks(layer.get_submodule(family.mlp)) for layer in layers.children())
+        and not any(has_hooks(module) for path, module in layers.named_modules() if path.endswith(f".{family.mlp}"))
     )
     _refuse_own_experts(model, layers, injection)
     plan = {i: _plan(family, layers.get_submodule(str(i)), injection, moe, fused) for i in indices}

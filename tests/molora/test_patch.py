@@ -328,3 +328,13 @@ def test_threads_do_not_take_what_waits_for_another(base, monkeypatch):
     other.join()
     attention.k_proj(mine)
     assert len(computed) == 2
+
+
+def test_an_architecture_whose_mlp_has_another_name(base):
+    model = copy.deepcopy(base)
+    model.config.model_type = "novel"
+    for layer in model.model.layers:
+        layer.feed_forward = layer.mlp
+        del layer.mlp
+    molora.inject(model, {"lora_r": 4})
+    assert isinstance(model.model.layers[0].feed_forward.up_proj, LoraLinear)
