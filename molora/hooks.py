@@ -55,7 +55,7 @@ def _contiguous(_head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...
 def save_adapter_alone(model: nn.Module) -> None:
     """Make ``model.save_pretrained`` write the adapter."""
     # A bound method would be pickled as an attribute of the model by the function's own name, which is not there.
-    model.save_pretrained = functools.partial(_save_pretrained, model)  # type: ignore[assignment]
+    model.save_pretrained = functools.partial(_save_pretrained, model)  # type: ignore[assignment] # over a method
 
 
 def detach(model: nn.Module, state: State) -> None:
