@@ -78,6 +78,24 @@ def _absent(result: Result) -> str:
 # --- blocks ------------------------------------------------------------------------------------------------------
 
 
+SHORT = ("frozen base", "molora", "PEFT LoRA r=64", "PEFT LoRA r=128", "naive loop", "mixlora", "eulerforge")
+"""Who is in the short table: what others use, beside both ends."""
+
+
+def speed(results: Results) -> str:
+    """The block and the step over the frozen base, on both kinds of device, of those whom everybody asks for first."""
+    columns = {
+        "block, H200, bf16": "mlp-cuda-bf16",
+        "step, H200, bf16": "step-cuda-bf16-stage2-checkpointing",
+        "block, CPU, fp32": "mlp-cpu-fp32",
+        "block, CPU, bf16": "mlp-cpu-bf16",
+        "step, CPU, fp32": "step-cpu-fp32",
+    }
+    found = {head: results.get(name) for head, name in columns.items()}
+    rows = ([_name(v), *(_cell(r, v, "ratio").replace(NOT_MEASURED, "") for r in found.values())] for v in SHORT)
+    return _table(["time over the frozen base, forward + backward", *found], rows)
+
+
 def speed_cpu(results: Results) -> str:
     """The block and the step over the frozen base on a CPU."""
     columns = {
@@ -289,14 +307,22 @@ def ops(device: str, dtype: str) -> Callable[[Results], str]:
 
 
 def _spent(shares: Mapping[str, float]) -> str:
-    """Kernels by their short names: cuBLAS names its own by tile, PyTorch its by template."""
-    short: dict[str, float] = {}
+    """What took the time, by names that mean something to a reader."""
+    named: dict[str, float] = {}
     for key, part in shares.items():
-        name = "cuBLAS" if key.startswith("nvjet") else key
-        if name.startswith("void "):
+        name = next((name for pattern, name in _NAMES if re.match(pattern, key)), key)
+        if name.startswith("void "):  # a template of PyTorch's
             name = re.split(r"[<(]", name.removeprefix("void "))[0].split("::")[-1]
-        short[name] = short.get(name, 0.0) + part
-    return ", ".join(f"{name} {100 * part:.0f} %" for name, part in short.items())
+        named[name] = named.get(name, 0.0) + part
+    return ", ".join(f"{name} {100 * part:.0f} %" for name, part in named.items())
+
+
+_NAMES = (
+    ("nvjet", "cuBLAS"),
+    ("## Call CompiledFxGraph", "compiled passes"),
+    ("GeneratedBackwardFor_molora|molora::", "molora's Python"),  # an operator's own time, without what it calls
+)
+"""How profilers call a thing, and we."""
 
 
 def dispatch(device: str) -> Callable[[Results], str]:
@@ -347,6 +373,7 @@ def plots(device: str) -> Callable[[Results], str]:
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
+    "speed": speed,
     "speed-cpu": speed_cpu,
     "speed-gpu": speed_gpu,
     "decode-cpu": generation("cpu", "bf16"),

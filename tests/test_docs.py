@@ -60,8 +60,7 @@ SHORTER = {
 """What is added to commands in which such a pattern is found."""
 
 TRAINED = {
-    "README.md": {"outputs/…/stage1/final": 1, "outputs/…/stage2/final": 2, "outputs/…/final": 2}
-    | {f"outputs/quickstart/stage{n}": n for n in (1, 2)},
+    "docs/how-to/routing.md": {f"outputs/quickstart/stage{n}": n for n in (1, 2)},
     "docs/export-and-merge.md": {"adapter": 1},
     "docs/how-to/evaluate.md": {"outputs/stage1/final": 1, "outputs/stage2/final": 2},
 }
