@@ -27,6 +27,7 @@ from rich.table import Table
 
 from bench.arguments import Mistake, positive
 from bench.provenance import commit_of, provenance
+from bench.record import write_text
 from bench.registry import KERNEL_MODULES
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
@@ -85,9 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _architecture(text: str) -> str:
-    """Triton knows no GPU before 75; of later ones its assembler knows which there are."""
-    if not re.fullmatch(r"7[5-9]|[89]\d|1\d\d|gfx\d[0-9a-f]{2,3}", text):
-        raise argparse.ArgumentTypeError(f"{text}: must be a CUDA compute capability such as 90, or such as gfx942")
+    """Of those from 75 on, which Triton needs, the ones that the assembler of CUDA 13.4 knows."""
+    if not re.fullmatch(r"75|8[06-9]|90|10[0137]|110|12[01]|gfx\d[0-9a-f]{2,3}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text}: must be the compute capability of a CUDA GPU, such as 90, or such as gfx942"
+        )
     return text
 
 
@@ -144,9 +147,8 @@ def _write_json(path: Path, sources: list[dict[str, Any]], rows: list[Compiled])
     """One row a line: names of the columns first, then their values."""
     lines = ",\n".join(json.dumps(list(asdict(row).values())) for row in rows)
     columns = json.dumps([field.name for field in fields(Compiled)])
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = f'{{"runs": {json.dumps(sources, indent=1)},\n"columns": {columns},\n"rows": [\n{lines}\n]}}\n'
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _write_markdown(path: Path, sources: list[dict[str, Any]], rows: list[Compiled]) -> None:
@@ -165,8 +167,7 @@ def _write_markdown(path: Path, sources: list[dict[str, Any]], rows: list[Compil
         "|---" * 2 + "|--:" * (len(heads) - 2) + "|",
         *("| " + " | ".join(line) + " |" for line in lines),
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(text) + "\n")
 
 
 def _tasks(architectures: Iterable[str], quick: bool) -> Iterator[Task]:

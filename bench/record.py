@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.arguments import Mistake
 from bench.provenance import provenance
 
 COLUMNS = {
@@ -58,12 +60,21 @@ def _cell(value: float | list[float] | None) -> str:
 
 def write(path: str | Path, what: dict[str, Any]) -> None:
     """Write a result with its provenance as JSON, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
     whole = {**what, "provenance": provenance() | _hardware()}
-    aside.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_text(Path(path), json.dumps(whole, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; :class:`Mistake` where it cannot be, as on a full disk."""
+    aside = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
+        raise Mistake(f"{path}: cannot be written ({error.strerror}); make room, or name another file") from error
 
 
 def _hardware() -> dict[str, Any]:

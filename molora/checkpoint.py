@@ -233,7 +233,10 @@ def newest(output: Path) -> Path | None:
 
 
 def check_same_run(folder: Path, config: Config, provenance: dict[str, Any]) -> None:
-    """Raise :class:`UserError` if the checkpoint's run had other settings or other data than this one."""
+    """Raise :class:`UserError` if the checkpoint's run had other settings or other data than this one, or if this
+    process does not see ``folder``, which the first one found."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: this process does not see it; give an --output-dir that all machines see")
     before, now = _flat(load(folder / CONFIG).model_dump()), _flat(config.model_dump())
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not _MAY_CHANGE.fullmatch(key):

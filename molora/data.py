@@ -162,11 +162,12 @@ def encode_rows(
     *,
     cache: bool = False,
     held_out: bool = False,
+    key: str = "data.max_length",
 ) -> Examples:
     """Tokenise rows, or take their tokens from the cache (:mod:`molora.token_cache`).
 
     Raises :class:`UserError` if none has a trainable token or, unless they are ``held_out``, none fits into
-    ``max_length``.
+    ``max_length``, which ``key`` names to the user.
     """
 
     def encode() -> token_cache.Tensors:
@@ -191,13 +192,13 @@ def encode_rows(
     dropped = len(rows) - len(examples)
     if not examples:
         raise UserError(
-            f"none of {len(rows)} rows has a token to train within data.max_length={max_length}: "
-            "their answers are missing or begin later; raise data.max_length or add answers"
+            f"none of {len(rows)} rows has a token to train within {key}={max_length}: "
+            f"their answers are missing or begin later; raise {key} or add answers"
         )
     if truncated == len(examples) and not held_out:
         raise UserError(
-            f"all of {len(rows)} rows are longer than data.max_length={max_length}, so no end of an answer "
-            "would ever be learnt; raise data.max_length"
+            f"all of {len(rows)} rows are longer than {key}={max_length}, so no end of an answer "
+            f"would ever be learnt; raise {key}"
         )
     return Examples(examples, truncated, dropped)
 

@@ -181,8 +181,8 @@ def joined() -> Iterator[World]:
             what = "another process of this run is gone" if gone else "communication between the processes failed"
             cause = " ".join(str(error).partition("Exception raised from")[0].split())  # without frames of C++
             raise UserError(
-                f"rank {world.rank}: {what} ({cause}); the checkpoints are whole, start all processes again with "
-                "--resume"
+                f"rank {world.rank}: {what} ({cause}); the checkpoints are whole: start all processes again, with "
+                "--resume if training had begun"
             ) from error
 
 
@@ -191,7 +191,9 @@ class _Stopped(BaseException):
 
 
 def _stopped(*_: object) -> None:
-    raise _Stopped("stopped, because another process failed or was killed; start again with --resume")
+    raise _Stopped(
+        "stopped, because another process failed or was killed; start again, with --resume if training had begun"
+    )
 
 
 def _not_to_be_stopped() -> None:

@@ -423,6 +423,7 @@ def _resolve(name: str, names: Sequence[str]) -> str:
 
 def _harness(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
     """model -> task -> the harness's values."""
+    cli.require_positive(options, "batch_size", "limit")
     if not options.model:
         raise UserError("--model is missing: what is to be measured?")
     tasks = [task.strip() for task in options.lm_eval.split(",") if task.strip()]

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from molora.adapter import MANIFEST, put_on, read_manifest, save_adapter
+from molora.errors import UserError
 from molora.patch import remove
 
 _BASE = "./base"  # where the base is in the folder, as molora.json names it
@@ -74,6 +75,16 @@ class MoloraForCausalLM:
         model, *info = found if options.get("output_loading_info") else (found,)
         put_on(model, folder).eval()
         return (model, *info) if info else model
+
+    @classmethod
+    def _from_config(cls, config: MoloraConfig, **_: Any) -> NoReturn:
+        """What ``AutoModelForCausalLM.from_config`` calls, to refuse it."""
+        folder = config.name_or_path or "an exported folder"
+        raise UserError(
+            f"from_config: the configuration of {folder} has no shape to make random weights of; open the folder with "
+            "from_pretrained, or give from_config the configuration of the folder 'base' in it, and what that makes to "
+            "molora.inject"
+        )
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:

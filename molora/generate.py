@@ -112,7 +112,8 @@ def _generate(
     """One batch, in rounds of :data:`ROUND` tokens that share a KV cache; finished rows leave it between rounds."""
     stops = set(chat.stop_token_ids(tokenizer))
     # A sliding window counts padding too: between the beginning and the rest it would push the beginning out.
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", getattr(config, "window_size", None))  # of GPT-Neo, the latter
     slides = window is not None and max(map(len, prompts)) + max_new_tokens > window
     shared = 0 if slides else _shared(prompts)
     ids, mask = _padded(prompts, shared, _pad_id(tokenizer), model.device)

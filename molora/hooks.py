@@ -36,6 +36,8 @@ def attach(model: nn.Module, state: State) -> None:
     if (head := getattr(model, "get_output_embeddings", lambda: None)()) is not None:
         state.hooks.append(head.register_forward_pre_hook(_contiguous))
     if state.routers:
+        if (backbone := getattr(model, "base_model", model)) is not model:
+            state.hooks.append(backbone.register_forward_pre_hook(functools.partial(_forget, state.ledger)))
         state.hooks.append(model.register_forward_pre_hook(_begin, with_kwargs=True))
         state.hooks.append(model.register_forward_hook(_end, with_kwargs=True, always_call=True))
         # How transformers' mixtures announce outputs.aux_loss; TRL's trainers look for these two. The coefficients of
@@ -70,6 +72,13 @@ def detach(model: nn.Module, state: State) -> None:
 
 
 # --- router losses -----------------------------------------------------------------------------------------------
+
+
+def _forget(ledger: routing.Ledger, *_: Any) -> None:
+    """Before a forward of the backbone: drop the record that a backward left behind where it raised, as one without the
+    memory for it does. Its mask and its gradient are of another batch."""
+    if ledger.current is not None and ledger.current.passed_on and torch._C._current_graph_task_id() == -1:
+        ledger.current = None
 
 
 def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -140,6 +149,7 @@ class _PassOn(torch.autograd.Function):
     def forward(ctx: Any, model: nn.Module, record: routing.Record, total: Tensor, *outputs: Tensor) -> Any:
         ctx.set_materialize_grads(False)
         ctx.model, ctx.record, ctx.unit = model, record, record.gradient.clone()
+        record.passed_on = True
         record.gradient.zero_()  # what does not come through here has no router losses in it
         return total.clone(), *(output.view_as(output) for output in outputs)
 

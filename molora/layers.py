@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import molora_kernels
 from molora import decode, routing
 from molora.config import Group
+from molora.errors import UserError
 
 
 class _Masters(nn.Module):
@@ -113,7 +114,8 @@ def is_dense(linear: nn.Linear) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody looks at, or changes, what the module's forward is given or gives."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forward or backward or module._backward_pre_hooks)
 
 
 class _Waiting(threading.local):
@@ -208,6 +210,12 @@ class SharedInput:
         ]
 
 
+_HOOKED = (
+    "a projection of an MLP with one router (moe.router_scope: mlp) has hooks, which would not be called: the MLP "
+    "is computed as one: remove them, put them on the MLP, or use router_scope: projection"
+)
+
+
 class LoraMLP(nn.Module):
     """``down(silu(gate(x)) * up(x))`` with LoRA experts on all three projections, run as one kernel call.
 
@@ -234,6 +242,8 @@ class LoraMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.projections()
+        if any(has_hooks(module) for p in (gate, up, down) for module in (p, p.base)):
+            return self._one_by_one(x, gate, up, down)
         if decode.serves(x, gate, self.ledger):
             return self._few_tokens(x, gate, up, down)
         record = None if self.ledger is None else self.ledger.current
@@ -254,6 +264,12 @@ class LoraMLP(nn.Module):
             return out.y
         return routing.collect(self.ledger, self.rows, out.y, out.sums, out.counts, out.gates)
 
+    def _one_by_one(self, x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear) -> Tensor:
+        """So that hooks put on a projection, or on the linear in it, since it was patched are called."""
+        if self.router is not None:
+            raise UserError(_HOOKED)
+        return down(functional.silu(gate(x)) * up(x))
+
     def _few_tokens(self, x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear) -> Tensor:
         routers, top_k = self.routers(), self.ledger.top_k if self.ledger else 1
         (h_gate, h_up), gates = decode.few_tokens(x, [gate, up], routers[:2], top_k)
@@ -271,6 +287,8 @@ class ExpertMLPs(LoraMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.projections()
+        if any(has_hooks(p) for p in (gate, up, down)):
+            raise UserError(_HOOKED)
         (router,) = self.routers()
         assert self.ledger is not None
         record = self.ledger.current

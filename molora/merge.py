@@ -41,14 +41,19 @@ class Update(NamedTuple):
 
 @torch.no_grad()
 def mean_gates(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int = 8
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    batch_size: int = 8,
+    max_length: int = 4096,
 ) -> Tensor:
-    """(R, E) fp32: each expert's mean gate over the tokens of the rows' answers, for each router of the model."""
+    """(R, E) fp32: each expert's mean gate over the tokens of the rows' answers, for each router of the model; a row's
+    first ``max_length`` tokens count. Raises :class:`UserError` where none of an answer is among them."""
     model.eval()
     names = routing.names(model)
     total = torch.zeros(len(names), routing.ledger_of(model).experts, device=model.device)
     tokens = 0
-    examples = data.encode_rows(tokenizer, rows, max_length=4096)
+    examples = data.encode_rows(tokenizer, rows, max_length, held_out=True, key="max_length")
     for batch in data.batches(examples, data.Collate(tokenizer), batch_size=batch_size):
         batch = batch.to(model.device)
         answers = batch.labels != chat.IGNORE
@@ -66,9 +71,14 @@ def static_updates(model: nn.Module, gates: Tensor | None = None) -> dict[str, U
     """The update of every projection that has an adapter, by the projection's full name.
 
     ``gates`` (R, E) are the constant gates of each router, in the order of :func:`molora.routing.names`; None weighs
-    all experts alike. Rank P is E r for routed projections and r for plain LoRAs.
+    all experts alike. Rank P is E r for routed projections and r for plain LoRAs. Raises ValueError for a model in
+    which projections and routers have other names than in the one that was patched.
     """
     rows = {name: row for row, name in enumerate(routing.names(model))}
+    if "molora" not in vars(model) or any(".molora_adapters." in path for path, _ in model.named_modules()):
+        raise ValueError(
+            "give the model that molora.inject patched or molora.load opened, not what PEFT or torch.compile made of it"
+        )
     experts = routing.ledger_of(model).experts
     if gates is None:
         gates = torch.full((len(rows), experts), 1 / max(experts, 1))

@@ -311,6 +311,9 @@ def _patch_mlp(state: State, family: Family, layer_path: str, layer: nn.Module, 
     path = f"{layer_path}.{family.mlp}"
     owners = [path] if shared is not None else [f"{path}.{name}" for name in family.swiglu]
     _register(state, mlp, owners, mlp.routers())
+    for i, projection in enumerate(projections if projections[0].router is not None else ()):  # for when it is called
+        row = mlp.rows.start + i
+        projection.shared.ledger, projection.shared.rows = mlp.ledger, slice(row, row + 1)
     parent_path, _, name = family.mlp.rpartition(".")
     parent = layer.get_submodule(parent_path)
     original = parent.get_submodule(name)

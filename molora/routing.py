@@ -40,6 +40,8 @@ class Record:
     """(R, 1 + E) fp32: d loss / d sums; zero until :func:`combine` writes it; the layers' backward reads it."""
     automatic: bool = False
     """Whether the model's own hooks keep it (:mod:`molora.hooks`), and not the loop around the model."""
+    passed_on: bool = False
+    """Whether the forward is over, and those hooks bring the record to its backward."""
     gates: Tensor | None = None
     """(R, batch, sequence, E) fp32, where asked for: each token's weight of each expert, zero where not chosen. Who
     reads a choice from it (gate > 0) misses a chosen expert whose gate is zero in fp32, for which its logit must be 103

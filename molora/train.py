@@ -57,8 +57,9 @@ def run(config: Config, options: argparse.Namespace, world: distributed.World) -
     if options.validate_only:
         print(f"{options.preset}: valid, {len(rows)} rows, {config.training.max_train_steps} optimizer steps")
         return
-    if options.resume and checkpoint.finished(output):
-        checkpoint.check_same_run(output / checkpoint.FINAL, config, provenance.collect(config, world.size))
+    if options.resume and world.from_first(lambda: checkpoint.finished(output)):
+        sources = provenance.collect(config, world.size)
+        world.together(lambda: checkpoint.check_same_run(output / checkpoint.FINAL, config, sources))
         print(f"{output}: finished already, nothing to resume")
         return
     try:

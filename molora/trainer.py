@@ -61,7 +61,7 @@ class Trainer:
         self._require_same(world.together(self._choose_kernels))
         start = world.from_first(lambda: checkpoint.newest(output)) if resume else None
         if start is not None:
-            checkpoint.check_same_run(start, config, self.provenance)
+            world.together(lambda: checkpoint.check_same_run(start, config, self.provenance))
 
         seed_everything(config.seed)
         self.model, self.tokenizer = world.together(lambda: self._open_model(start))

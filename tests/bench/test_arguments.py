@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import arguments, decode, mlp
+from bench import arguments, decode, mlp, record
 from bench.__main__ import main
 
 
@@ -71,8 +73,9 @@ def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         ("metrics --set nonsense=3", "nonsense"),
         ("all --match typo", "--match typo: no result's name for cpu contains it"),
         ("all --match cuda --list", "--match cuda: no result's name for cpu contains it"),
-        ("compile --arch foo", "--arch: foo: must be a CUDA compute capability"),
-        ("compile --arch 12", "--arch: 12: must be a CUDA compute capability"),
+        ("compile --arch foo", "--arch: foo: must be the compute capability of a CUDA GPU"),
+        ("compile --arch 12", "--arch: 12: must be the compute capability of a CUDA GPU"),
+        ("compile --kernel nothing --arch 90 77", "--arch: 77: must be the compute capability of a CUDA GPU"),
         ("compile --merge /nonexistent.json", "--merge /nonexistent.json: cannot be read"),
     ],
 )
@@ -130,6 +133,20 @@ def test_where_a_result_cannot_be_written_nothing_is_measured(
 
 def test_the_compile_matrixs_table_has_to_be_writable_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--markdown /dev/null: is no file" in told(["compile", "--markdown", "/dev/null"], capsys)
+
+
+def test_a_disk_that_fills_up_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "old.json"
+    old.write_text("{}")
+
+    def full(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text[:1].encode())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(arguments.Mistake, match=r"cannot be written \(No space left on device\); make room"):
+        record.write(old, {"op": "mlp"})
+    assert list(tmp_path.iterdir()) == [old] and old.read_text() == "{}"
 
 
 def test_a_result_that_is_there_may_be_written_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from pathlib import Path
@@ -82,6 +83,8 @@ def test_an_exported_folder_takes_the_options_that_its_base_takes(adapter, tmp_p
     given = {"attn_implementation": "eager", "output_hidden_states": True, "use_cache": False}
     configured = AutoConfig.from_pretrained(tmp_path / "whole", trust_remote_code=True, **given)
     configured.use_cache = False
+    with pytest.raises(UserError, match="whole has no shape to make random weights of; open the folder"):
+        AutoModelForCausalLM.from_config(configured, trust_remote_code=True)
     for config in (opened(**given).config, opened(config=configured).config):
         assert (config._attn_implementation, config.output_hidden_states, config.use_cache) == ("eager", True, False)
     with pytest.raises(ValueError, match="nonsense"):
@@ -146,6 +149,24 @@ def test_mean_gates_are_those_of_answer_tokens(adapter, rows_file):
     torch.testing.assert_close(gates.sum(-1), torch.ones(6))
     more = merge.mean_gates(model, tokenizer, [*rows, {"prompt": "seven " * 30, "response": "three four", "where": ""}])
     assert not torch.equal(gates, more)
+    with pytest.raises(UserError, match=r"within max_length=4: .* raise max_length or add answers"):
+        merge.mean_gates(model, tokenizer, rows, max_length=4)
+    cut = [rows[0] | {"response": "four " * 60}]  # which is no reason against them, as it is in training
+    torch.testing.assert_close(merge.mean_gates(model, tokenizer, cut, max_length=60).sum(-1), torch.ones(6))
+
+
+def test_updates_of_a_wrapped_model_are_refused(tiny_model_dir, adapter):
+    """Their projections have other names, by which no gate would be found."""
+    model, _ = molora.load(adapter, "cpu", "fp32")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    peft = pytest.importorskip("peft")
+    from molora.peft import MoloraConfig
+
+    of_peft = peft.get_peft_model(base, MoloraConfig(injection={"lora_r": 4}))
+    around = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["lm_head"]))
+    for wrapped in (of_peft, of_peft.get_base_model(), around, torch.compile(model)):
+        with pytest.raises(ValueError, match=r"give the model that molora\.inject patched"):
+            merge.static_updates(wrapped)
 
 
 def test_truncated_update_is_the_best_of_its_rank():

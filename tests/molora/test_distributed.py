@@ -305,6 +305,21 @@ def test_another_number_of_rows_a_step_is_refused(
     assert "a step was of 8 rows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["final", "checkpoint-2"])
+def test_an_output_folder_that_not_all_machines_see(
+    name: str, tiny_model_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process found a run there, finished or not; this one, on another machine, has nothing."""
+    output = tmp_path / "run"
+    found = iter([True] if name == "final" else [False, output / name])
+    monkeypatch.setattr(distributed.World, "from_first", lambda *_: next(found))
+    monkeypatch.setattr(distributed.World, "gather", lambda world, value: [value])
+    monkeypatch.setattr(distributed, "_not_to_be_stopped", lambda: None)
+    options = train.parse([*arguments(tiny_model_dir, rows, output), "--resume"])
+    with pytest.raises(UserError, match=f"{name}: this process does not see it; give an --output-dir that all"):
+        train.run(config.load(options.preset, options.set), options, distributed.World(size=2))
+
+
 @pytest.mark.parametrize(("rank", "parallel"), [(0, "ddp"), (1, "fsdp")])
 def test_a_killed_process_ends_the_run_with_a_checkpoint_to_go_on_from(
     rank: int, parallel: str, two_processes: Path, tiny_model_dir: Path, rows: Path, tmp_path: Path

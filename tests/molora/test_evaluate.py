@@ -191,6 +191,12 @@ def test_command_line_refuses(
         evaluate.main([*arguments, "--bench", str(rows_file)])
 
 
+@pytest.mark.parametrize("option", ["--batch-size", "--limit"])
+def test_command_line_refuses_for_the_harness_alone(option: str) -> None:
+    with pytest.raises(UserError, match=f"{option} 0: must be at least 1"):
+        evaluate.main(["--model", "./nowhere", "--lm-eval", "task", option, "0"])
+
+
 def test_a_killed_run_goes_on_where_it_was(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,8 @@ import torch
 from rich.console import Console
 from transformers import (
     GenerationConfig,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -87,9 +89,22 @@ def test_batched_is_one_by_one_in_a_sliding_window(
     shape = {key: value for key, value in tiny_config.to_diff_dict().items() if key in MistralConfig().to_dict()}
     config = MistralConfig(**shape | {"model_type": "mistral", "sliding_window": window})
     model, given = with_large_weights(MistralForCausalLM, config), prompts(chat_tokenizer)
+    assert_as_one_by_one(model, chat_tokenizer, given)
+
+
+@pytest.mark.parametrize("window", [24, 44])
+def test_batched_is_one_by_one_in_gpt_neos_window(chat_tokenizer: PreTrainedTokenizerFast, window: int) -> None:
+    config = GPTNeoConfig(
+        vocab_size=320, hidden_size=64, num_heads=4, num_layers=2, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=256, window_size=window,
+    )  # fmt: skip
+    assert_as_one_by_one(with_large_weights(GPTNeoForCausalLM, config), chat_tokenizer, prompts(chat_tokenizer))
+
+
+def assert_as_one_by_one(model: Any, tokenizer: PreTrainedTokenizerFast, given: list[list[int]]) -> None:
     assert len({len(prompt) for prompt in given}) > 1 and generate._shared(given) > 0
-    answers = generate.generate_tokens(model, chat_tokenizer, given, max_new_tokens=12, batch_size=8)
-    stops = chat.stop_token_ids(chat_tokenizer)
+    answers = generate.generate_tokens(model, tokenizer, given, max_new_tokens=12, batch_size=8)
+    stops = chat.stop_token_ids(tokenizer)
     assert [answer.tokens for answer in answers] == [one_by_one(model, prompt, 12, stops) for prompt in given]
 
 

@@ -298,15 +298,52 @@ def test_a_whole_model_is_saved_and_loaded(base, batch, placement, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["mlp", "mlp.up_proj", "self_attn.v_proj"])
+@pytest.mark.parametrize("placement", ["recipe", "one LoRA"])
 @pytest.mark.parametrize("grad", [True, False])
-def test_hooks_on_what_is_patched_stay_in_force(base, batch, path, grad):
-    model = copy.deepcopy(base)
-    hooked = model.model.layers[1].get_submodule(path)
-    hooked.register_forward_hook(lambda module, args, output: output * 0.5)
+@pytest.mark.parametrize("when", ["before", "after", "after, within"])
+def test_hooks_on_what_is_patched_stay_in_force(base, batch, path, placement, grad, when):
+    """Those that are put on it later too; there a hook on a linear is called by the one that replaces it."""
+    model, halve = copy.deepcopy(base), (lambda module, args, output: output * 0.5)
+    hook = model.model.layers[1].get_submodule(path).register_forward_hook(halve)
     expected = model(**batch).logits
-    molora.inject(model, PLACEMENTS["recipe"])
+    if when != "before":
+        hook.remove()
+    molora.inject(model, PLACEMENTS[placement])
+    hooked = model.model.layers[1].get_submodule(path)
+    if when != "before":
+        (hooked.base if when == "after, within" and path != "mlp" else hooked).register_forward_hook(halve)
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_mlp_whose_projections_are_called_for_their_hooks_trains_as_before(base, batch):
+    """Experts, routers and their losses."""
+    model = molora.inject(
+        copy.deepcopy(base), {"injection": {"lora_r": 4, "init_b_std": 0.1}, "moe": {"router_z_loss_coef": 1.0}}
+    ).train()
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    expected, seen = gradients(), []
+    down = model.model.layers[0].mlp.down_proj
+    down.register_full_backward_pre_hook(lambda module, upstream: seen.append(upstream))
+    assert len(expected) > 20
+    for actual, wanted in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("scope", ["projection", "mlp"])
+def test_hooks_that_an_mlp_with_one_router_does_not_call_are_refused(base, batch, scope):
+    model = molora.inject(
+        copy.deepcopy(base), {"lora_r": 4}, check(MoE, {"router_scope": "mlp", "expert_scope": scope})
+    )
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(molora.UserError, match="put them on the MLP"):
+        model(**batch)
 
 
 def test_an_offloaded_base_is_refused(base):
