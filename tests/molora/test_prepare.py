@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors import SafetensorError
 
 from molora import files
 from molora.errors import UserError
@@ -320,6 +321,8 @@ def test_a_failed_write_leaves_the_old_and_no_rubbish(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"target": b"old"}
     with pytest.raises(UserError, match="target: cannot be written"), files.replacing(target):
         raise OSError(28, "No space left on device")
+    with pytest.raises(UserError, match=r"target: cannot be written.*No space left"), files.replacing(target):
+        raise SafetensorError("I/O error: No space left on device")
     assert contents(tmp_path) == {"target": b"old"} and len(list(tmp_path.iterdir())) == 1
 
 
