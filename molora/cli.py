@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -31,15 +33,22 @@ def require_positive(options: argparse.Namespace, *names: str) -> None:
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Call ``main`` and exit: 0 when it returns, 2 after a line ``error: …`` for a :class:`UserError` or a full disk,
-    130 when interrupted.
+    130 when interrupted, 1 when nobody reads the output any more (``| head``).
 
     Any other exception is a bug of ours and keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as Python does for stderr: what cannot be shown costs no result
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        print("stopped: nobody reads the output any more", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would complain once more when it flushes at the end
+        sys.exit(1)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             print(f"error: {error.filename}: {error.strerror}; give a shorter one", file=sys.stderr)

@@ -149,9 +149,7 @@ def evaluate(
     Raises:
         UserError: no row has anything to measure, or an ``answer`` cannot be read.
     """
-    for row in rows:
-        if (gold := _gold(row)) is not None:
-            check_gold(gold, row.get("where", ""))
+    _check_golds(rows)
     journal = journal or Journal({})
     was_training = model.training
     model.eval()
@@ -161,7 +159,8 @@ def evaluate(
     finally:
         model.train(was_training)
     if not journal.rows(LOSS) and not journal.rows(ANSWERS):
-        raise UserError(f"none of {len(rows)} rows has an answer to measure; add answers or raise max_length")
+        place = f"{rows[0]['where'].rpartition(':')[0]}: " if rows and "where" in rows[0] else ""
+        raise UserError(f"{place}none of {len(rows)} rows has an answer to measure; add answers or raise max_length")
     return _result(rows, journal)
 
 
@@ -320,6 +319,12 @@ def _gold(row: Row) -> str | None:
     return str(answer)
 
 
+def _check_golds(rows: Sequence[Row]) -> None:
+    for row in rows:
+        if (gold := _gold(row)) is not None:
+            check_gold(gold, row.get("where", ""))
+
+
 def _question(row: Row) -> list[chat.Message]:
     """The conversation up to the answer that the bench wants: without its last assistant message."""
     if "messages" not in row:
@@ -396,7 +401,7 @@ def measured(options: argparse.Namespace) -> dict[str, dict[str, BenchResult]]:
     models = {name: _resolve(name, options.model) for name in options.model}
     settings = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
     for path in options.bench:
-        read_rows(path)  # a bad row of the last bench should not be found after hours
+        _check_golds(read_rows(path)[: options.limit])  # a bad row of the last bench should not be found after hours
     results: dict[str, dict[str, BenchResult]] = {}
     total, count = len(models) * len(set(options.bench)), 0
     for name, folder in models.items():

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from molora.errors import UserError
 
 
@@ -45,6 +47,8 @@ def replacing(target: Path) -> Iterator[Path]:
                 raise
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
+    except SafetensorError as error:  # which wraps a full disk
+        raise UserError(f"{target}: cannot be written ({error})") from error
 
 
 def check_target(path: Path, inputs: Iterable[str | Path] = ()) -> None:

@@ -322,6 +322,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--temperature {options.temperature}: must be 0 (greedy) or a positive number")
     if not -(2**63) <= options.seed < 2**64:
         raise UserError(f"--seed {options.seed}: must be from -2^63 to 2^64 - 1")
+    for name in ("prompt", "system"):
+        _check_text(getattr(options, name) or "", f"--{name}")
     torch.manual_seed(options.seed)
     model, tokenizer = load(options.model, options.device, options.precision)
     console = Console(highlight=False)
@@ -356,9 +358,19 @@ def main(arguments: list[str] | None = None) -> None:
 def _ask() -> str | None:
     """A line from the user, or None at the end of input."""
     try:
-        return input("> ").strip()
+        line = input("> ").strip()
     except EOFError:
         return None
+    _check_text(line, "the question")
+    return line
+
+
+def _check_text(text: str, what: str) -> None:
+    # Python keeps bytes that are not UTF-8 as half characters, which no tokenizer takes.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what}: not UTF-8 text; set the terminal, or save the file, as UTF-8") from None
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

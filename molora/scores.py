@@ -143,8 +143,9 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return not self.interval_95[0] <= 0 <= self.interval_95[1]
+        """Whether the interval leaves zero out; one that is no number (a broken model) does not."""
+        low, high = self.interval_95
+        return low > 0 or high < 0
 
 
 def difference(
@@ -172,7 +173,7 @@ def difference(
 
     drawn = np.concatenate([statistic(sums) for sums in _resample(table)])
     low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
-    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    beyond = min((~(drawn > 0)).sum(), (~(drawn < 0)).sum())  # a draw that is no number speaks for neither side
     p = min(1.0, 2 * float(beyond + 1) / (len(drawn) + 1))
     return Difference(float(statistic(table.sum(axis=0))), (low, high), p, len(table))
 
@@ -221,8 +222,10 @@ def comparison(results: Results, baseline: str, title: str) -> Table:
     made.add_column("model", overflow="fold")
     for heading in ("loss", "perplexity", "Δ loss (95 %)", "pass@1 (95 %)", "Δ points (95 %)"):
         made.add_column(heading, justify="right")
+    names = [Path(bench).name for bench in results[baseline]]
     for bench, base in results[baseline].items():
-        made.add_row(f"[bold]{escape(Path(bench).name)}")
+        name = Path(bench).name
+        made.add_row(f"[bold]{escape(name if names.count(name) == 1 else bench)}")
         for group in base.groups():
             for n, (model, benches) in enumerate(results.items()):
                 result = benches[bench]

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Verdict:
 def judge(general: Sequence[Runs], maths: Sequence[Runs]) -> Verdict:
     """Judge base, stage 1 and stage 2, each given by its results on the two benches (several for several seeds).
 
-    Raises :class:`UserError` for benches without loss.
+    Raises :class:`UserError` for benches without loss, and for a loss that is not finite.
     """
     measure: Measure = "exact_match" if maths[0][0].exact_match() else "loss"
     general1 = _change(general[0], general[1], "general")
@@ -97,9 +98,13 @@ def judge(general: Sequence[Runs], maths: Sequence[Runs]) -> Verdict:
 
 def judge_results(results: Results, general: str, maths: str) -> Verdict:
     """:func:`judge` for three models in a table of results. Raises :class:`UserError` if they are not three."""
-    if len(results) != 3:
-        raise UserError(f"a verdict needs three models, base, stage 1 and stage 2; here are {', '.join(results)}")
+    _check_three(results)
     return judge(*([[benches[bench]] for benches in results.values()] for bench in (general, maths)))
+
+
+def _check_three(models: Collection[str]) -> None:
+    if len(models) != 3:
+        raise UserError(f"a verdict needs three models, base, stage 1 and stage 2; here are {', '.join(models)}")
 
 
 def _kept(change: float) -> str:
@@ -112,6 +117,10 @@ def _change(before: Runs, after: Runs, bench: str, measure: Measure = "loss") ->
     found = difference(before, after, ALL, measure, relative=measure == "loss")
     if found is None:
         raise UserError(f"the {bench} bench has no rows whose {measure.replace('_', ' ')} all models measured")
+    if not math.isfinite(found.value):
+        raise UserError(
+            f"the {bench} bench: a model's loss is not finite, so there is nothing to judge; look at its run"
+        )
     return found
 
 
@@ -145,6 +154,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("give files of results, or three times --model with --bench, and not both")
     if options.output:
         check_target(options.output, [*options.results, *options.bench])
+    if options.model:
+        _check_three(dict.fromkeys(options.model))  # before they are measured
     results = read_results(options.results) if options.results else evaluate.measured(options)
     general, maths = _benches(results, options)
     shown = {name: {"general": of[general], "maths": of[maths]} for name, of in results.items()}

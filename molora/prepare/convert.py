@@ -39,6 +39,9 @@ LABELS = ("answer", "domain", "language", "task")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 """Names of speakers in ShareGPT files and chats, and ours."""
 
+ENDINGS = (".jsonl", ".ndjson", ".csv", ".tsv")
+"""Of files that are read here; :data:`hub.FORMATS` are the ``datasets`` library's."""
+
 Convert = Callable[[Mapping[str, Any]], Row]
 
 
@@ -63,10 +66,10 @@ def add_parser(subparsers) -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    files.check_target(options.out)
+    files.check_target(options.out, [options.source])
     if options.out.exists() and not options.overwrite:
         raise UserError(f"{options.out}: exists already; choose another --out, or replace it with --overwrite")
-    mapping = parse_map(options.map) if options.map else None
+    mapping = None if options.map is None else parse_map(options.map)
     items, provenance = read(options)
     rows, left_out = convert(items, options.source, mapping, options.domain)
     write_jsonl(options.out, rows)
@@ -84,6 +87,8 @@ def convert(
     The first item decides the shape. Raises :class:`UserError`, with the item's number, for what has another.
     """
     columns = list(items[0])
+    if not columns:
+        raise UserError(f"{where}, row 1: has no columns")
     shape = mapped(mapping, columns, where) if mapping else recognise(columns, where)
     rows: list[Row] = []
     left_out: Counter[str] = Counter()
@@ -219,10 +224,14 @@ def unusable(row: Row) -> str | None:
 def read(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The items of a file, a folder or a hub set, and where they are from."""
     path = Path(options.source).expanduser()
-    if path.is_file() and path.suffix in (".jsonl", ".ndjson"):
-        return read_jsonl(path), {"file": path, "sha256": files.file_sha256(path)}
-    if path.is_file() and path.suffix in (".csv", ".tsv"):
-        return read_csv(path), {"file": path, "sha256": files.file_sha256(path)}
+    ending = path.suffix.lower()
+    if ending in (*ENDINGS, *hub.FORMATS) and not path.exists():
+        raise UserError(f"{path}: no such file")
+    if path.is_file() and ending in ENDINGS:
+        read_file = read_jsonl if ending in (".jsonl", ".ndjson") else read_csv
+        return read_file(path), {"file": path, "sha256": files.file_sha256(path)}
+    if path.is_file() and ending not in hub.FORMATS:
+        raise UserError(f"{path}: ends in none of {', '.join((*ENDINGS, *hub.FORMATS))}; unpack or rename it")
     source = hub.source_of(options.source, options.source, options.config, options.revision, options.split)
     loaded = hub.load(source)
     if not len(loaded.rows):
@@ -235,7 +244,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
             items = list(reader)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error

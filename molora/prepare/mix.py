@@ -34,7 +34,7 @@ def add_parser(subparsers) -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    check_target(options.out)
+    check_target(options.out, options.inputs)
     if options.out.exists() and not options.overwrite:
         raise UserError(f"{options.out}: exists already; choose another --out, or replace it with --overwrite")
     parts = [read_jsonl(path) for path in options.inputs]
@@ -42,7 +42,7 @@ def prepare(options: argparse.Namespace) -> None:
         counts = shares([len(part) for part in parts], options.ratio, options.rows)
         # Each part draws for itself, so that another file beside it does not change what is taken of this one.
         parts = [random.Random(options.seed).sample(part, count) for part, count in zip(parts, counts, strict=True)]
-    elif options.rows:
+    elif options.rows is not None:
         raise UserError("--rows says how many with --ratio; give both")
     rows = [row for part in parts for row in part]
     random.Random(options.seed).shuffle(rows)

@@ -34,8 +34,18 @@ def check_disjoint(train: Iterable[Row], bench: Iterable[Row]) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
-    """One JSON object a line, UTF-8; the same rows give the same bytes."""
-    files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """One JSON object a line, UTF-8; the same rows give the same bytes. Raises :class:`UserError` where a row has half
+    a character, or the file cannot be written.
+    """
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        files.write_text(path, text)
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair (an emoji cut in two)
+        before = text[max(0, error.start - 40) : error.start].rpartition("\n")[2]
+        raise UserError(
+            f"{path}: not written, a row has half of a surrogate pair (\\ud800 to \\udfff) after …{before}; remove it "
+            "or mend the emoji"
+        ) from None
 
 
 def read_jsonl(path: Path) -> list[Row]:
@@ -53,9 +63,13 @@ def read_jsonl(path: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(
+                line.removeprefix("\ufeff")
+            )  # Windows editors put a mark there; training reads past it too
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})") from error
+        except (RecursionError, ValueError) as error:
+            raise UserError(f"{path}, line {number}: not JSON that can be read ({error})") from error
         if not isinstance(row, dict):
             raise UserError(
                 f'{path}, line {number}: expected an object such as {{"prompt": …}}, found {line.strip()[:40]}'

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,10 @@ class Picker:
 
     def pick(self, candidates: Iterable[Candidate], train: int, bench: int, what: str) -> tuple[list[Row], list[Row]]:
         """``train`` and ``bench`` rows. Raises :class:`UserError` if the stream ends before there are enough."""
-        rows: list[Row] = []
-        with tqdm(total=train + bench, desc=what, unit="row", disable=None) as bar:
-            for row in self._usable(candidates):
-                rows.append(row)
-                bar.update()
-                if len(rows) == train + bench:
-                    return rows[bench:], rows[:bench]
+        usable = islice(self._usable(candidates), train + bench)
+        rows = list(tqdm(usable, total=train + bench, desc=what, unit="row", disable=None))
+        if len(rows) == train + bench:
+            return rows[bench:], rows[:bench]
         reasons = "; ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
         raise UserError(
             f"{what}: {len(rows)} usable rows, {train} to train on and {bench} for the bench are asked for"
@@ -126,7 +124,7 @@ def add_options(parser: argparse.ArgumentParser, train: str, bench: str, train_r
 
 def _positive(text: str) -> int:
     if (value := int(text)) < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return value
 
 

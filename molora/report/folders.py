@@ -13,8 +13,9 @@ def short_names(folders: Sequence[str]) -> dict[str, str]:
 
     Raises :class:`UserError` for a folder that is given twice.
     """
+    paths = [Path(folder) for folder in folders]  # without a slash at the end
     for folder in folders:
-        if folders.count(folder) > 1:
+        if paths.count(Path(folder)) > 1:
             raise UserError(f"{folder}: given twice")
     parts = [[part for part in Path(folder).parts if part not in ("/", ".")] for folder in folders]
     parts = [part[:-1] if part[-1:] == ["final"] and len(part) > 1 else part for part in parts]

@@ -56,6 +56,8 @@ def add_command(commands: Any) -> None:
 def command(options: argparse.Namespace) -> None:
     """Observe, compute, draw, write. Raises :class:`UserError` for bad input."""
     cli.require_positive(options, "rows", "max_length", "batch_size", "permutations")
+    if options.out.is_file():
+        raise UserError(f"{options.out}: is a file; --out names a folder")
     files = _files(options.data)
     data = {domain: spread(read_rows(path), options.rows) for domain, path in files.items()}
     seen: dict[str, Observation] = {}

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 
@@ -34,6 +38,24 @@ def test_what_the_user_can_mend_is_one_line(
         cli.run(failing(error))
     assert exit_.value.code == code
     assert capsys.readouterr().err == message
+
+
+def run_printing(text: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    code = f"from molora import cli; cli.run(lambda: print({text!r}))"
+    return subprocess.run([sys.executable, "-c", code], check=False, stderr=subprocess.PIPE, text=True, **settings)
+
+
+def test_nobody_reads_the_output_any_more() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    ended = run_printing("short, so that it is written at the end", stdout=write)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, "stopped: nobody reads the output any more\n")
+
+
+def test_what_the_terminal_cannot_show_costs_no_result() -> None:
+    ended = run_printing("Δ 안", stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "\\u0394 \\uc548\n", "")
 
 
 def test_success_and_our_own_bugs() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from conftest import write_jsonl
+from conftest import make_rows, write_jsonl
 from molora import chat, data, evaluate, generate, inject, save_adapter
 from molora.adapter import load
 from molora.errors import UserError
@@ -132,6 +132,20 @@ def test_routing_counts_answer_tokens(tiny_model_dir: Path) -> None:
 def test_nothing_to_measure(model: LlamaForCausalLM, chat_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="none of 1 rows"):
         evaluate.evaluate(model, chat_tokenizer, ROWS[:1], max_length=4)
+    with pytest.raises(UserError, match=r"^bench\.jsonl: none of 1 rows"):
+        evaluate.evaluate(model, chat_tokenizer, [ROWS[0] | {"where": "bench.jsonl:1"}], max_length=4)
+
+
+def test_an_answer_of_the_last_bench_that_cannot_be_read_is_found_first(
+    tiny_model_dir: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    bad = write_jsonl(tmp_path / "bad.jsonl", [*make_rows(3), make_rows(1)[0] | {"answer": "no idea"}])
+    arguments = ["--model", str(tiny_model_dir), "--bench", str(rows_file), "--bench", str(bad), "--device", "cpu"]
+    arguments += ["--kept", str(tmp_path / "kept"), "--max-new-tokens", "2"]
+    with pytest.raises(UserError, match=r"bad\.jsonl:4: the answer 'no idea'"):
+        evaluate.main(arguments)
+    assert not (tmp_path / "kept").exists()
+    evaluate.main([*arguments, "--limit", "3"])
 
 
 def test_command_line(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

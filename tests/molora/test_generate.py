@@ -212,6 +212,15 @@ def test_command_line_refuses(bad: list[str]) -> None:
         generate.main(["--model", "x", *bad])
 
 
+@pytest.mark.parametrize("option", ["--prompt", "--system", None])
+def test_bytes_that_are_not_utf_8(option: str | None, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "\ub2e4\udcff"  # what Python makes of a byte that is not UTF-8
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{said}\n"))
+    given = [option, said] if option else []
+    with pytest.raises(UserError, match=f"{option or 'the question'}: not UTF-8 text"):
+        generate.main(["--model", str(tiny_model_dir), "--device", "cpu", *given])
+
+
 @pytest.fixture(scope="module")
 def routed_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("routed")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors import SafetensorError
 
 from molora import files
 from molora.errors import UserError
@@ -65,12 +66,25 @@ def test_jsonl_round_trip(tmp_path: Path) -> None:
         (b'{"prompt": "a"}\n\n[1]\n', "line 3: expected an object"),
         (b"\n\n", "holds no rows"),
         (b'{"prompt": "\xff"}\n', "not UTF-8"),
+        (b'{"prompt": ' + b"[" * 100_000, "line 1: not JSON that can be read"),
+        (b'{"prompt": ' + b"1" * 5000 + b"}", "line 1: not JSON that can be read"),
     ],
 )
 def test_bad_jsonl_is_explained(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "bad.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
         rows.read_jsonl(tmp_path / "bad.jsonl")
+
+
+def test_marks_that_windows_puts_before_a_line_are_read_past(tmp_path: Path) -> None:
+    (tmp_path / "marked.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\xef\xbb\xbf{"prompt": "b"}\r\n')
+    assert rows.read_jsonl(tmp_path / "marked.jsonl") == [{"prompt": "a"}, {"prompt": "b"}]
+
+
+def test_half_a_character_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'half of a surrogate pair .* after …\{"prompt": "cut ;'):
+        rows.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": "cut \ud83d"}])
+    assert not list(tmp_path.iterdir())
 
 
 # --- general ------------------------------------------------------------------------------------------------------
@@ -307,6 +321,8 @@ def test_a_failed_write_leaves_the_old_and_no_rubbish(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"target": b"old"}
     with pytest.raises(UserError, match="target: cannot be written"), files.replacing(target):
         raise OSError(28, "No space left on device")
+    with pytest.raises(UserError, match=r"target: cannot be written.*No space left"), files.replacing(target):
+        raise SafetensorError("I/O error: No space left on device")
     assert contents(tmp_path) == {"target": b"old"} and len(list(tmp_path.iterdir())) == 1
 
 
@@ -415,6 +431,16 @@ def test_mix_keeps_rows_and_labels(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "new.jsonl").exists()
 
 
+@pytest.mark.parametrize("command", ["mix", "convert"])
+def test_what_is_read_is_not_replaced(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows.write_jsonl(Path("rows.jsonl"), [{"prompt": "a", "response": "b"}])
+    before = Path("rows.jsonl").read_bytes()
+    with pytest.raises(UserError, match="is read here"):
+        main([command, "rows.jsonl", "--overwrite", "--out", str(tmp_path / "rows.jsonl")])
+    assert Path("rows.jsonl").read_bytes() == before
+
+
 def test_mix_takes_a_ratio_without_repeating_rows(tmp_path: Path) -> None:
     a, b, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "mixed.jsonl"
     rows.write_jsonl(a, [{"prompt": str(i), "domain": "a"} for i in range(50)])
@@ -433,6 +459,7 @@ def test_mix_takes_a_ratio_without_repeating_rows(tmp_path: Path) -> None:
         (["--ratio", "1:0"], "write 2 positive numbers"),
         (["--ratio", "1/2"], "write 2 positive numbers"),
         (["--rows", "3"], "give both"),
+        (["--rows", "0"], "give both"),
         (["--ratio", "1:1", "--rows", "1"], "at least one a file"),
     ],
 )

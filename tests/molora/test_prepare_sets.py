@@ -224,6 +224,19 @@ def test_general_rows_are_half_english_half_korean(chats: dict[str, Path], tmp_p
     assert [source["set"] for source in manifest["sources"]] == list(general_en_ko.SETS.values())
 
 
+def test_a_single_row_is_english(chats: dict[str, Path], tmp_path: Path) -> None:
+    main(general_command(chats, tmp_path, "--train-rows", "1", "--bench-rows", "1"))
+    for name in ("train", "bench"):
+        assert [row["language"] for row in read_rows(tmp_path / f"{name}.jsonl")] == ["en"]
+
+
+@pytest.mark.parametrize("option", ["--train-rows", "--bench-rows", "--max-length"])
+def test_counts_below_one_say_so(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["openr1-math", option, "0"])
+    assert f"argument {option}: 0: must be at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("language", "reasons"),
     [
@@ -358,6 +371,8 @@ def test_rows_without_an_answer_are_counted(tmp_path: Path, capsys: pytest.Captu
         ('{"messages": [{"role": "bot", "content": "a"}]}', [], "row 1: the speaker 'bot' is none of human, user"),
         ('{"messages": "a"}', [], "row 1: a conversation is a list of turns, not a str"),
         ('{"prompt": "a", "response": ""}', [], r"every row was left out \(without response\)"),
+        ("{}", [], "row 1: has no columns"),
+        ('{"prompt": "a", "response": "b"}', ["--map", ""], "--map : write OURS=THEIRS"),
     ],
 )
 def test_what_is_not_understood_is_refused(lines: str, options: list[str], message: str, tmp_path: Path) -> None:
@@ -365,6 +380,22 @@ def test_what_is_not_understood_is_refused(lines: str, options: list[str], messa
     with pytest.raises(UserError, match=message):
         main(["convert", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), *options])
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "data/absent.csv", "absent.parquet"])
+def test_a_file_that_is_not_there_is_no_hub_set(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^{name}: no such file$"):
+        main(["convert", name, "--out", "out.jsonl"])
+
+
+def test_endings_in_capitals_and_others(tmp_path: Path) -> None:
+    for name in ("IN.CSV", "in.csv.gz"):
+        (tmp_path / name).write_text("prompt,response\na,b\n")
+    main(["convert", str(tmp_path / "IN.CSV"), "--out", str(tmp_path / "out.jsonl")])
+    assert read_rows(tmp_path / "out.jsonl")[0]["response"] == "b"
+    with pytest.raises(UserError, match=r"ends in none of \.jsonl, \.ndjson, \.csv, \.tsv, \.parquet"):
+        main(["convert", str(tmp_path / "in.csv.gz"), "--out", str(tmp_path / "other.jsonl")])
 
 
 @pytest.mark.parametrize(

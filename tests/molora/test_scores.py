@@ -145,6 +145,23 @@ def test_differences_of_several_seeds_and_of_rows_not_measured() -> None:
         scores.difference([base], [result("general", 1.0)])
 
 
+def test_a_loss_that_is_no_number_is_never_significant() -> None:
+    tokens = np.full(50, 10)
+    old = np.linspace(1, 100, 50)
+    found = scores.difference([scored(old, tokens)], [scored(np.append(old[1:], math.nan), tokens)])
+    assert found is not None and not found.significant
+    assert "*" not in scores.difference_cell(found)
+    assert found.p > 0.5
+
+
+def test_benches_of_one_name_are_told_apart() -> None:
+    results = {"a": {bench: result("maths", 2, 0) for bench in ("one/b.jsonl", "two/b.jsonl", "one/c.jsonl")}}
+    console = Console(width=140, record=True)
+    console.print(scores.comparison(results, "a", "title"))
+    shown = console.export_text()
+    assert all(name in shown for name in ("one/b.jsonl", "two/b.jsonl", "c.jsonl")) and "one/c.jsonl" not in shown
+
+
 def test_comparison_shows_differences_from_the_baseline_alone() -> None:
     results = {name: {"b.jsonl": result("maths", loss, correct)} for name, loss, correct in (("a", 2, 0), ("b", 1, 2))}
     console = Console(width=140, record=True)

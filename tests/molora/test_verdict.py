@@ -1,6 +1,7 @@
 """Every pattern of the verdict, the borders between them, and the command line."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,8 @@ def test_command_line_measures_models(monkeypatch: pytest.MonkeyPatch, capsys: p
     [
         ([], "give files of results, or three times --model"),
         (["{two}"], "needs three models"),
+        (["--model", "a", "--model", "b", "--model", "a", "--bench", "absent"], "needs three models.*here are a, b"),
+        (["{nan}"], "the general bench: a model's loss is not finite"),
         (["{three}", "--model", "x"], "and not both"),
         (["{three}", "--maths", "other"], "--maths: which bench"),
         (["{broken}"], "not results of python -m molora.evaluate"),
@@ -118,6 +121,7 @@ def test_command_line_refuses(arguments: list[str], message: str, tmp_path: Path
         "three": write_results(tmp_path / "three.json", {"a": (1.0, 1), "b": (1.0, 1), "c": (1.0, 1)}),
         "fewer": write_results(tmp_path / "fewer.json", {"c": (1.0, 1)}, rows=99),
         "changed": write_results(tmp_path / "changed.json", {"c": (1.0, 1)}, content="3"),
+        "nan": write_results(tmp_path / "nan.json", {"a": (1.0, 1), "b": (math.nan, 1), "c": (1.0, 1)}),
         "broken": tmp_path / "broken.json",
         "missing": tmp_path / "missing.json",
     }

@@ -12,3 +12,5 @@ def test_names_tell_folders_apart() -> None:
     assert list(short_names(["final"])) == ["final"]
     with pytest.raises(UserError, match="x: given twice"):
         short_names(["x", "y", "x"])
+    with pytest.raises(UserError, match="x: given twice"):
+        short_names(["x", "x/"])

@@ -133,6 +133,12 @@ def test_refused(given: Path, tmp_path: Path, arguments: list[str], says: str) -
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_in_place_of_the_folder_is_found_before_models_are_read(given: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="out: is a file; --out names a folder"):
+        report(given, tmp_path / "out", "--model=nowhere")
+
+
 def test_models_that_have_no_routers_or_cannot_be_compared(given: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no routers"):
         report(given, tmp_path, f"--model={tiny_model_dir}")
