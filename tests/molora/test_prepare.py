@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from molora import files
 from molora.errors import UserError
-from molora.prepare import general, maths, packages, quickstart, rows, smollm2
+from molora.prepare import general, maths, packages, quickstart, rows, smollm2, split
 from molora.prepare.__main__ import main
 
 pytest.importorskip("chatterbot_corpus", reason="needs the quickstart extra")
@@ -130,8 +130,8 @@ def test_clean() -> None:
 
 def test_maths_rows(maths_rows: tuple[list[rows.Row], list[rows.Row]]) -> None:
     train, bench = maths_rows
-    for split, size in ((train, maths.TRAIN_ROWS), (bench, maths.BENCH_ROWS)):
-        assert {task: sum(row["task"] == task for row in split) for task in maths.TASKS} == dict.fromkeys(
+    for part, size in ((train, maths.TRAIN_ROWS), (bench, maths.BENCH_ROWS)):
+        assert {task: sum(row["task"] == task for row in part) for task in maths.TASKS} == dict.fromkeys(
             maths.TASKS, size
         )
         for row in split:
@@ -429,6 +429,32 @@ def test_mix_keeps_rows_and_labels(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(UserError, match="no such file"):
         main(["mix", str(tmp_path / "absent.jsonl"), "--out", str(tmp_path / "new.jsonl")])
     assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_mix_holds_a_bench_out(tmp_path: Path) -> None:
+    given = [{"prompt": f"What is {i % 30} + 1?", "response": str(i)} for i in range(90)]
+    given += [{"messages": [{"role": "user", "content": "what is 3+1"}, {"role": "assistant", "content": "4"}]}]
+    mine, out, bench = (tmp_path / f"{name}.jsonl" for name in ("mine", "out", "bench"))
+    rows.write_jsonl(mine, given)
+    main(["mix", str(mine), "--out", str(out), "--bench", str(bench), "--bench-rows", "10"])
+    asked, trained = ([rows.question_key(split.question(row)) for row in rows.read_jsonl(p)] for p in (bench, out))
+    assert len(asked) == len(set(asked)) == 10 and not set(asked) & set(trained)
+    assert len(trained) == sum(rows.question_key(split.question(row)) not in asked for row in given)
+
+    again = tmp_path / "again.jsonl"
+    for wrong, why in (
+        (["--bench", str(again), "--bench-rows", "30"], "below 30"),
+        (["--bench", str(again), "--bench-rows", "0"], "at least 1"),
+        (["--bench-rows", "3"], "give both"),
+        (["--bench", str(bench)], "exists already"),
+        (["--bench", str(tmp_path / "new.jsonl")], "new.jsonl"),
+    ):
+        with pytest.raises(UserError, match=why):
+            main(["mix", str(mine), "--out", str(tmp_path / "new.jsonl"), *wrong])
+    assert not again.exists()
+    rows.write_jsonl(mine, [{"question": "1 + 1?"}, {"question": "1 + 2?"}])
+    with pytest.raises(UserError, match="no messages, prompt or text"):
+        main(["mix", str(mine), "--out", str(tmp_path / "new.jsonl"), "--bench", str(again)])
 
 
 @pytest.mark.parametrize("command", ["mix", "convert"])
