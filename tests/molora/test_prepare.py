@@ -134,10 +134,10 @@ def test_maths_rows(maths_rows: tuple[list[rows.Row], list[rows.Row]]) -> None:
         assert {task: sum(row["task"] == task for row in part) for task in maths.TASKS} == dict.fromkeys(
             maths.TASKS, size
         )
-        for row in split:
+        for row in part:
             assert list(row) == ["prompt", "response", "answer", "task", "domain"]
             assert row["domain"] == "maths"
-    questions = [{rows.question_key(row["prompt"]) for row in split} for split in (train, bench)]
+    questions = [{rows.question_key(row["prompt"]) for row in part} for part in (train, bench)]
     assert not questions[0] & questions[1]
     assert len(questions[0]) == len(train) and len(questions[1]) == len(bench), "no question is there twice"
 
