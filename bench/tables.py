@@ -92,6 +92,8 @@ def speed(results: Results) -> str:
         "step, CPU, fp32": "step-cpu-fp32",
     }
     found = {head: results.get(name) for head, name in columns.items()}
+    if not any(found.values()):
+        return f"{NOT_MEASURED.capitalize()} yet.\n"
     rows = ([_name(v), *(_cell(r, v, "ratio").replace(NOT_MEASURED, "") for r in found.values())] for v in SHORT)
     return _table(["time over the frozen base, forward + backward", *found], rows)
 

@@ -53,7 +53,7 @@ INSTEAD = {"--routing-layer 12": "--routing-layer 1"}
 """The tiny model has two layers."""
 
 SHORTER = {
-    r"molora\.train .*/reasoning/": ["--set", "training.max_train_steps=4"],  # instead of hours
+    r"molora\.train .*llama3\.2_3b": ["--set", "training.max_train_steps=4"],  # instead of hours
     r"molora\.train .*stage[12]_": ["--set", "training.max_train_steps=14", "--set", "data.max_length=96"],
     r"molora\.evaluate ": ["--max-new-tokens", "8"],
 }
@@ -168,7 +168,7 @@ def given(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     (folder / "data/reasoning").mkdir()
     for seed, name in enumerate(
         [
-            *("rows", "held_out", "general", "data/mine", "data/mine.bench", "data/general.bench"),
+            *("rows", "held_out", "general", "data/mine", "data/general.bench"),
             *("data/sft_50k_en_ko_raw", "data/quickstart/general.train", "data/quickstart/general.bench"),
         ]
     ):

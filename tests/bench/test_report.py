@@ -26,7 +26,7 @@ def test_pages_equal_the_results(page: Path) -> None:
 def test_a_changed_number_is_put_right() -> None:
     results: Any = copy.deepcopy(report.load())
     page = report.PAGES[0].read_text(encoding="utf-8")
-    results["mlp-cpu-fp32"]["rows"][1]["ratio"] = 98.76
+    next(row for row in results["mlp-cpu-fp32"]["rows"] if row["variant"] == "molora")["ratio"] = 98.76
     assert "98.76" in tables.fill(page, results)
 
 
