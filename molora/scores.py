@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from molora.answers import wilson_interval
+from molora.report.folders import short_names
 
 ALL = "all"
 """The group of all rows, where a bench has several domains."""
@@ -221,7 +222,8 @@ def comparison(results: Results, baseline: str, title: str) -> Table:
     made.add_column("group", no_wrap=True)
     made.add_column("model", overflow="fold")
     for heading in ("loss", "perplexity", "Δ loss (95 %)", "pass@1 (95 %)", "Δ points (95 %)"):
-        made.add_column(heading, justify="right")
+        made.add_column(heading, justify="right", overflow="fold")
+    called = {model: name for name, model in short_names(list(results)).items()}
     names = [Path(bench).name for bench in results[baseline]]
     for bench, base in results[baseline].items():
         name = Path(bench).name
@@ -235,7 +237,7 @@ def comparison(results: Results, baseline: str, title: str) -> Table:
                 )
                 made.add_row(
                     escape(group) if n == 0 else "",
-                    escape(model),
+                    escape(called[model]),
                     loss_cell(result.loss(group)),
                     "" if (loss := result.loss(group)) is None else f"{perplexity(loss):.4g}",
                     difference_cell(losses),
