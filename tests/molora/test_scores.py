@@ -175,6 +175,8 @@ def test_comparison_cuts_nothing_off_in_a_narrow_terminal() -> None:
     rows = tuple(Score(("all",), loss=2.0 + i, tokens=1, prediction="1", correct=i % 2 == 0) for i in range(8))
     models = ("base", "outputs/tutorial/stage1/final", "outputs/tutorial/stage2/final")
     console = Console(width=80, record=True)
-    console.print(scores.comparison({m: {"maths.bench.jsonl": BenchResult(rows, None)} for m in models}, "base", "t"))
+    console.print(
+        scores.comparison({m: {"maths.bench.jsonl": BenchResult(rows, None, None)} for m in models}, "base", "t")
+    )
     shown = console.export_text()
     assert "stage1" in shown and "stage2" in shown and "tutorial" not in shown and "…" not in shown
