@@ -75,7 +75,7 @@ def lasting(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tens
     # A tensor made from this holds it, and so does every view and every saved copy, until the last of them is gone.
     block = (ctypes.c_uint8 * size).from_address(memory.data_ptr())
     weakref.finalize(block, _kept.returned.append, memory).atexit = False
-    return torch.frombuffer(block, dtype=dtype).view(shape)
+    return torch.frombuffer(block, dtype=dtype).resize_(shape)  # no view: autograd lets nobody change one in place
 
 
 _LARGE = 1 << 20

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from molora_kernels import autocast
@@ -39,7 +41,8 @@ def grouped_lora(
             dtype for the matmuls, and their gradients come back in their own.
         lora_b: G of (N_g, E * r), likewise by columns.
         scaling: ``alpha / r``.
-        gates: (..., H, E) with H = G, or H = 1 to share; None for a plain LoRA. Zero where an expert is not chosen.
+        gates: (..., H, E) with H = G, or H = 1 to share; None for a plain LoRA. Zero where an expert is not chosen. Any
+            float dtype; the products with them are fp32 (fp64 for fp64 x).
         top_k: experts chosen per token, where the caller knows: at most so many gates of a token are not zero. Allows
             the grouped form, see :class:`molora_kernels.use_form`, which gives gates that are not chosen no gradient
             (a router's softmax multiplies it by the gate, which is zero).
@@ -61,14 +64,19 @@ def grouped_lora(
     _check(x, weights, lora_a, lora_b, gates, top_k, biases, dropout_p, dropout_seed)
     flat = x.reshape(-1, features)
     flat_gates = None if gates is None else gates.reshape(-1, *gates.shape[-2:])
-    lists = (weights, biases, list(lora_a), list(lora_b))
     with autocast.off(x):
         if reference_chosen():
             kept = None
             if dropout_p and dropout_seed is not None:
                 kept = dropout_mask(dropout_seed, flat.shape[0], features, dropout_p, stream)
+            lists = (weights, biases, list(lora_a), list(lora_b))
             outputs = reference.grouped_lora(flat, *lists, flat_gates, scaling, kept, survivor_scale(dropout_p))
         else:
+            if flat_gates is not None:
+                flat_gates = flat_gates.to(torch.promote_types(torch.float32, x.dtype))
+            # the operators give the gradients of all A in one dtype: the widest, so that none is rounded to another's
+            widest = functools.reduce(torch.promote_types, [a.dtype for a in lora_a])
+            lists = (weights, biases, [a.to(widest) for a in lora_a], list(lora_b))
             experts = 1 if gates is None else gates.shape[-1]
             form = dispatch.form_for(flat, experts, top_k, lora_a[0].shape[0] // experts) if weights else "dense"
             outputs, _ = op.grouped_lora(

@@ -47,7 +47,7 @@ def order_of(gates_TE: Tensor, top_k: int) -> Order:
     experts, by_set = gates_TE.shape[1], sorted_by_set(gates_TE.shape[1], top_k)
     chosen_TE, bits = _chosen(gates_TE, top_k), torch.arange(experts, device=gates_TE.device)
     if by_set:
-        keys = chosen_TE.float().mv(2.0**bits).sort(stable=True)  # a bit for each expert
+        keys = chosen_TE.float().mv(2 ** bits.float()).sort(stable=True)  # a bit for each expert
         tokens_V = keys.indices
     else:
         visits = chosen_TE.nonzero()

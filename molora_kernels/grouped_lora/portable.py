@@ -245,5 +245,5 @@ def joined(adapters_RF: list[Tensor], dtype: torch.dtype, factor: float = 1.0) -
     sizes = [len(a) for a in adapters_RF]
     rows = workspace.empty(adapters_RF[0], sum(sizes), adapters_RF[0].shape[1], dtype=dtype)
     for part, a in zip(rows.split(sizes), adapters_RF, strict=True):
-        part.copy_(a if factor == 1 else a * factor)
+        part.copy_(a if factor == 1 else a.to(torch.promote_types(a.dtype, dtype)) * factor)
     return rows

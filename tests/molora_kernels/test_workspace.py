@@ -132,6 +132,20 @@ def test_lasting_memory_is_held_by_a_graph_until_backward() -> None:
     assert workspace.lasting(x, *x.shape).data_ptr() == where
 
 
+@pytest.mark.parametrize("form", ["dense", "grouped"])
+def test_lasting_results_may_be_changed_in_place(form: Form) -> None:
+    """As a linear's may, whatever their size: a residual is often added so."""
+    x = torch.randn(1024, 256, requires_grad=True)
+    projections = [Projection(torch.randn(256, 256), torch.randn(8, 256), torch.randn(256, 8)) for _ in range(3)]
+    with use_backend("torch"), use_form(form):
+        y = mlp_block(x, *projections, [Router(torch.randn(4, 256))], top_k=1, scaling=2.0).y
+        before, dy = y.detach().clone(), torch.randn_like(y)
+        (expected,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        y += x
+        (dx,) = torch.autograd.grad(y, x, dy)
+    assert torch.equal(y, before + x) and torch.equal(dx, expected + dy)
+
+
 def test_lasting_memory_comes_back_from_any_thread() -> None:
     held = [workspace.lasting(torch.zeros(1), 1024, 512)]
     where = held[0].data_ptr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,10 +64,42 @@ def test_grouped_form_repeats_bit_for_bit(case: LoraCase) -> None:
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_default_dtype_changes_nothing(form: Form, default: torch.dtype) -> None:
+    inputs = lora_inputs(CASES[2])
+    once, before = results(inputs, "torch", form), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        again = results(inputs, "torch", form)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_torch_backend_with_masters_in_the_dtype_of_x(form: Form, dtype: torch.dtype) -> None:
     check(lora_inputs(CASES[2], dtype, masters=dtype), "torch", form)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("narrow", ["the first A", "every A", "gates"])
+def test_what_is_narrower_than_x_costs_no_precision(
+    narrow: str, form: Form, backend: Any, device: torch.device
+) -> None:
+    """Not what it is multiplied by, the scale of dropout's survivors or of the experts, nor another's gradient."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    i = lora_inputs(CASES[2], device=device)
+    assert i.gates is not None
+    narrowed = {
+        "the first A": dict(lora_a=[i.lora_a[0].bfloat16(), *i.lora_a[1:]]),
+        "every A": dict(lora_a=[a.bfloat16() for a in i.lora_a]),
+        "gates": dict(gates=i.gates.bfloat16()),
+    }
+    check(replace(i, **narrowed[narrow]), backend, form)
 
 
 def test_leading_dimensions_are_kept_and_dropout_is_the_seeds() -> None:
