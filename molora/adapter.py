@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -77,13 +78,14 @@ def load(name: str | Path, device: str = "auto", precision: str = "auto") -> tup
 
     Args:
         name: adapter folder (such as a stage's ``final``), model folder, or the hub name of an adapter or a model.
-        device: as the configuration's ``device``.
-        precision: as ``model.load_precision.mode``.
+        device: ``auto`` (CUDA if there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:1``.
+        precision: how the base is kept: ``auto`` (``bf16`` where the device is fast in it, else ``fp32``), ``fp32``,
+            ``bf16``, ``fp16``, or by bitsandbytes ``int8`` or ``int4``.
 
     Raises:
         UserError: as :func:`build`; also for truncated or corrupt adapter files.
     """
-    model_config = check(Model, {"load_precision": {"mode": precision}})
+    model_config = Model(load_precision=check(LoadPrecision, {"mode": precision}, where="precision"))
     folder = find_adapter(name)
     if folder is None:
         model, tokenizer = load_base(str(name), model_config, pick_device(device))
@@ -122,7 +124,7 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:  # what each backend makes of not being there
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]  # what follows are names of all backends
         raise UserError(f"device: {name!r} cannot be used here ({reason}); use auto, cpu, cuda or cuda:N") from error
     return device
 
@@ -143,7 +145,7 @@ def load_base(name: str, config: Model, device: torch.device) -> tuple[PreTraine
     model, info = found
     if missing := sorted(info["missing_keys"]):  # which transformers fills at random, and only says so
         raise UserError(
-            f"model_name: the files of {name!r} lack weights that its config.json asks for "
+            f"{name!r}: its files lack weights that its config.json asks for "
             f"({_listed('missing', missing)}); get them again, whole"
         )
     model.config.use_cache = True
@@ -180,20 +182,20 @@ def _opening(name: str, config: Model) -> Iterator[dict[str, Any]]:
         own = sorted(folder.name for folder in Path(name).glob("*") if is_adapter(folder))
         if own:
             last = "final" if "final" in own else own[-1]
-            raise UserError(f"model_name: {name!r} is the folder of a run; give {str(Path(name) / last)!r}") from error
-        if _is_of_peft(name):
+            raise UserError(f"{name!r} is the folder of a run; give {str(Path(name) / last)!r}") from error
+        if not isinstance(error.__cause__, LocalEntryNotFoundError) and _is_of_peft(name):  # the hub can be asked
             raise UserError(
-                f"model_name: {name!r} is an adapter that PEFT saved; open it with PeftModel.from_pretrained(base, "
+                f"{name!r} is an adapter that PEFT saved; open it with PeftModel.from_pretrained(base, "
                 f"{name!r}) or AutoPeftModelForCausalLM.from_pretrained({name!r}) of peft, after import molora.peft"
             ) from error
         reason = " ".join(str(error).split())[:300]
         if isinstance(error, ImportError):
             raise UserError(
-                f"model_name: {name!r}, as the keys under model ask for it (attn_implementation), needs a package that "
+                f"{name!r}, as the keys under model ask for it (attn_implementation), needs a package that "
                 f"is not here ({reason}); install it, or set model.attn_implementation=auto"
             ) from error
         raise UserError(
-            f"model_name: {name!r} cannot be loaded as a causal language model ({reason}); give a folder with "
+            f"{name!r} cannot be loaded as a causal language model ({reason}); give a folder with "
             "config.json, safetensors weights and tokenizer, or the name of a model on the Hugging Face hub"
         ) from error
 
@@ -201,7 +203,7 @@ def _opening(name: str, config: Model) -> Iterator[dict[str, Any]]:
 def check_there(name: str) -> None:
     """Raise :class:`UserError` for what is neither a folder here nor written as a name on the hub."""
     if not Path(name).is_dir() and not _is_hub_name(name):
-        raise UserError(f"model_name: no folder {name!r} here")
+        raise UserError(f"no folder {name!r} here")
 
 
 def _is_of_peft(name: str) -> bool:
@@ -288,7 +290,8 @@ def find_adapter(name: str | Path) -> Path | None:
     whole to the hub's cache. None for anything else, such as a base model.
 
     Raises:
-        UserError: an adapter on the hub of which not every file can be had.
+        UserError: an adapter on the hub of which not every file can be had, or the hub cannot be asked and its cache
+            has nothing by that name.
     """
     if is_adapter(Path(name)):
         return Path(name)
@@ -297,7 +300,16 @@ def find_adapter(name: str | Path) -> Path | None:
         return None
     try:
         hf_hub_download(name, MANIFEST)
-    except (OSError, ValueError):  # no such file, repository or name, or no network: opened as a base it says which
+    except LocalEntryNotFoundError as error:  # no network, which a base in the cache does without
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            raise UserError(
+                f"{name!r} cannot be loaded: it is neither a folder nor in the hub's cache here, and the Hugging Face "
+                f"hub cannot be asked for it ({reason}); try again with a network and without HF_HUB_OFFLINE, or give "
+                "a folder"
+            ) from error
+        return None
+    except (OSError, ValueError):  # no such file, repository or name: opened as a base it says which
         return None
     try:
         return Path(snapshot_download(name))

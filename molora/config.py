@@ -96,7 +96,7 @@ class Injection(Section):
     """Experts used per token; their gates are renormalised to sum 1 (for top_k = 1 the gate is the probability)."""
     lora_r: Positive = 32
     lora_alpha: Annotated[Real, Field(gt=0)] = 64.0
-    """Adapter outputs are scaled by ``lora_alpha / lora_r``."""
+    """Adapter outputs are scaled by ``lora_alpha / lora_r``. It does not follow ``lora_r``: set both."""
     lora_dropout: Probability = 0.0
     init_b_std: NonNegative = 0.0
     """Standard deviation of the start of B. 0: the patched model starts as the base model exactly."""
@@ -187,8 +187,8 @@ class Training(Section):
     max_skipped_steps: Positive = 5
     """A step whose loss or gradient is not finite changes no weight; after so many in a row the run stops."""
     step_unit: Literal["optimizer", "micro"] = "optimizer"
-    """Unit of every step count in this section. ``micro`` counts micro-batches, as the seed's tool does; it is
-    converted to optimizer steps once, when the configuration is resolved."""
+    """Unit of every step count in this section. ``micro`` counts micro-batches instead of optimizer steps; it
+    is converted once, when the configuration is resolved."""
     val_size: Count = 0
     """Rows held out of ``data.path`` for evaluation during training."""
     val_steps: Count = 0
@@ -515,14 +515,48 @@ def _known_keys(section: type[BaseModel], location: tuple[Any, ...]) -> list[str
     return list(section.model_fields)
 
 
+_OF_PEFT = {
+    "r": "lora_r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "target_modules": "target_keywords",
+    "layers_to_transform": "layer_indices",
+}
+"""Keys by the names that PEFT gives them, or that people take them to have there."""
+
+
+def _paths(section: type[BaseModel], above: str = "") -> Iterator[tuple[str, str]]:
+    """(path, name) of every key within a section, sections too."""
+    for name, field in section.model_fields.items():
+        yield f"{above}{name}", name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _paths(field.annotation, f"{above}{name}.")
+
+
+def _meant(section: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Paths that the unknown key at ``location`` may stand for: of that name here or in the whole configuration, else
+    of one like it."""
+    *above, leaf = map(str, location)
+    leaf = _OF_PEFT.get(leaf, leaf)
+    here = {name: ".".join([*above, name]) for name in _known_keys(section, location[:-1])}
+    if leaf in here:
+        return [here[leaf]]
+    everywhere = list(_paths(Config))
+    if found := [path for path, name in everywhere if name == leaf]:
+        return found
+    if close := difflib.get_close_matches(leaf, here, n=1):
+        return [here[close[0]]]
+    close = difflib.get_close_matches(leaf, [name for _, name in everywhere], n=1)
+    return [path for path, name in everywhere if name in close]
+
+
 def _teach(section: type[BaseModel], error: dict[str, Any]) -> str:
     location = tuple(error["loc"])
     path = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
-        known = _known_keys(section, location[:-1])
-        close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.6)
-        mend = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-        return f"unknown key {path!r}; {mend}"
+        meant = " or ".join(map(repr, _meant(section, location)))
+        known = ", ".join(_known_keys(section, location[:-1]))
+        return f"unknown key {path!r}; " + (f"did you mean {meant}?" if meant else f"known here: {known}")
     if error["type"] == "missing":
         return f"{path} is missing"
     message = error["msg"].removeprefix("Value error, ")

@@ -29,10 +29,11 @@ SMALL = 1 << 16
 
 def serves(x: Tensor, projection: LoraLinear, ledger: Ledger | None) -> bool:
     """Whether ``x`` (..., K), the input of ``projection``, is for this module: few tokens, no wider than the masters,
-    no gradient to come, no dropout, nobody who records what routers do, and routers without a selection bias."""
+    no gradient to come, no dropout, nobody who records more of routers than gates, and routers without a selection
+    bias."""
     if torch.is_grad_enabled() or x.numel() > MOST_TOKENS * x.shape[-1]:
         return False
-    if ledger is not None and (ledger.current is not None or ledger.selection_bias):
+    if ledger is not None and (ledger.selection_bias or not (ledger.current is None or ledger.current.gates_only)):
         return False
     masters = projection.lora_a.dtype
     if x.dtype != masters and torch.promote_types(x.dtype, masters) != masters:

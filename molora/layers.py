@@ -171,7 +171,9 @@ class SharedInput:
         first = self.members[0]
         routers = [m.router for m in self.members if m.router is not None]
         if decode.serves(x, first, self.ledger):
-            return decode.few_tokens(x, self.members, routers, self.ledger.top_k if self.ledger else 1)[0]
+            outputs, gates = decode.few_tokens(x, self.members, routers, self.ledger.top_k if self.ledger else 1)
+            routing.write_gates(self.ledger, self.rows, gates)
+            return outputs
         gates = routed = None
         if routers:
             assert self.ledger is not None
@@ -274,7 +276,9 @@ class LoraMLP(nn.Module):
         routers, top_k = self.routers(), self.ledger.top_k if self.ledger else 1
         (h_gate, h_up), gates = decode.few_tokens(x, [gate, up], routers[:2], top_k)
         h = functional.silu(h_gate) * h_up
-        return decode.few_tokens(h, [down], routers[2:], top_k, gates)[0][0]
+        (y,), of_down = decode.few_tokens(h, [down], routers[2:], top_k, gates)
+        routing.write_gates(self.ledger, self.rows, gates, of_down)  # one router's are there twice, and written once
+        return y
 
 
 class ExpertMLPs(LoraMLP):

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from molora.config import Training
 from molora.distributed import local
@@ -28,6 +27,9 @@ def build(model: nn.Module, training: Training) -> tuple[torch.optim.AdamW, Lamb
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    # Imported here: it brings peft and bitsandbytes along where they are installed, which commands need not wait for.
+    from transformers import get_scheduler
+
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=training.lr, fused=True)
     # transformers' plain "constant" takes warm-up steps and then makes none.
     name = "constant_with_warmup" if training.lr_scheduler == "constant" else training.lr_scheduler

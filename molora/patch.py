@@ -40,13 +40,15 @@ class State:
     """Of :mod:`molora.hooks`."""
 
 
-def inject(model: AnyModel, config: Config | Injection | Mapping[str, Any], moe: MoE | None = None) -> AnyModel:
+def inject(
+    model: AnyModel, config: Config | Injection | Mapping[str, Any], moe: MoE | Mapping[str, Any] | None = None
+) -> AnyModel:
     """Freeze ``model`` and put adapters on its projections, in place.
 
     Args:
         model: a transformers causal LM; for its architecture see :func:`molora.families.family_of`.
         config: a whole configuration, its ``injection`` section, or a mapping with the keys of either.
-        moe: the router settings where ``config`` does not hold them.
+        moe: the router settings where ``config`` does not hold them, as an :class:`MoE` or a mapping with its keys.
 
     Returns:
         ``model``. With ``init_b_std = 0`` its logits are bit for bit those from before. While it trains,
@@ -113,13 +115,23 @@ def remove(model: AnyModel) -> AnyModel:
 
 
 def parameter_groups(model: nn.Module) -> dict[Group, list[tuple[str, nn.Parameter]]]:
-    """Adapter parameters by the group names that phases use, each with its full name, in model order."""
+    """Adapter parameters by the group names that phases use, each with its full name, in model order.
+
+    PyTorch's optimizers take them as they are, names too; a group may have options of its own, such as ``lr``:
+    ``AdamW([{"params": members} for members in parameter_groups(model).values() if members], lr=1e-4)``. For one that
+    takes no names: ``[p for members in parameter_groups(model).values() for _, p in members]``.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
     groups: dict[Group, list[tuple[str, nn.Parameter]]] = {"router": [], "lora": [], "attn_lora": []}
     for path, module in model.named_modules():
         if isinstance(module, Router):
             groups["router"] += [(f"{path}.{name}", p) for name, p in module.named_parameters(recurse=False)]
         elif isinstance(module, LoraLinear):
             groups[module.group] += [(f"{path}.{name}", p) for name, p in module.named_parameters(recurse=False)]
+    if not any(groups.values()):
+        raise ValueError("the model has no molora adapters; call molora.inject(model, config) first")
     return groups
 
 
@@ -153,7 +165,11 @@ Plan = dict[str, Group]
 """Projection path within the layer -> the parameter group of its adapter."""
 
 
-def _sections(config: Config | Injection | Mapping[str, Any], moe: MoE | None) -> tuple[Injection, MoE]:
+def _sections(
+    config: Config | Injection | Mapping[str, Any], moe: MoE | Mapping[str, Any] | None
+) -> tuple[Injection, MoE]:
+    if moe is not None and not isinstance(moe, MoE):
+        moe = check(MoE, moe, where="moe")
     if isinstance(config, Config):
         return config.injection, moe or config.moe
     if isinstance(config, Injection):

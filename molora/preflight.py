@@ -78,6 +78,7 @@ def need(config: Config, base: PreTrainedConfig, dtype: torch.dtype, shape: Shap
         attention = config.model.attn_implementation
         kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
         model = AutoModelForCausalLM.from_config(base, dtype=dtype, **kwargs)
+        model.tie_weights()  # which from_config leaves to the initialisation that is left out
         base_bytes, unpacked = _bytes([*model.parameters(), *model.buffers()]), 0
         if bits := config.model.load_precision.bits():
             saved, unpacked = _quantise(model, bits)

@@ -46,6 +46,9 @@ class Record:
     """(R, batch, sequence, E) fp32, where asked for: each token's weight of each expert, zero where not chosen. Who
     reads a choice from it (gate > 0) misses a chosen expert whose gate is zero in fp32, for which its logit must be 103
     nats below the leading one's; ``counts`` has it."""
+    gates_only: bool = False
+    """Whether nothing but ``gates`` is asked for, so that a few tokens go the way that they go when nobody looks
+    (:mod:`molora.decode`) and leave ``sums`` and ``counts`` zero."""
 
     def counts_by(self, group: Tensor, groups: int) -> Tensor:
         """(groups, R, E) fp32: of the tokens in each group, how many chose each expert.
@@ -145,9 +148,11 @@ def using(model: nn.Module, record: Record) -> Iterator[None]:
 
 @contextmanager
 def observing(model: nn.Module) -> Iterator[list[Record]]:
-    """A list that gets a record with every token's gates for each forward of ``model`` inside the block.
+    """A list that gets a record with every token's gates, and nothing else to rely on, for each forward of ``model``
+    inside the block.
 
-    For looking at what a model does, such as generation, whose forwards are not the caller's own.
+    For looking at what a model does, such as generation, whose forwards are not the caller's own and whose numbers stay
+    the same to the last bit.
     """
     ledger = ledger_of(model)
     previous, seen = ledger.current, []
@@ -156,6 +161,7 @@ def observing(model: nn.Module) -> Iterator[list[Record]]:
         inputs = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs["inputs_embeds"][..., 0] if inputs is None else inputs
         ledger.current = record(model, torch.ones_like(tokens, dtype=torch.bool), per_token=True)
+        ledger.current.gates_only = True
         seen.append(ledger.current)
 
     hook = model.base_model.register_forward_pre_hook(before, with_kwargs=True)  # type: ignore[operator, union-attr]
@@ -261,6 +267,13 @@ def collect(ledger: Ledger, rows: slice, y: Tensor, sums: Tensor, counts: Tensor
     if not (torch.is_grad_enabled() and sums.requires_grad):
         return y
     return _InjectGradient.apply(y, sums, record, rows)
+
+
+def write_gates(ledger: Ledger | None, rows: slice, *gates: Tensor | None) -> None:
+    """Write gates (H, T, E), those of a layer's routers one after the other, to the current record if there is one."""
+    if ledger is not None and ledger.current is not None and ledger.current.gates is not None:
+        own = ledger.current.gates[rows]
+        own.copy_(torch.cat([of for of in gates if of is not None])[: len(own)].view(own.shape))
 
 
 class _InjectGradient(torch.autograd.Function):

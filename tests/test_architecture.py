@@ -85,6 +85,15 @@ assert y.shape == (3, 4)
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
+def test_commands_do_not_wait_for_packages_that_few_of_them_use() -> None:
+    program = """
+import sys
+import molora.train, molora.evaluate, molora.generate
+assert not {"peft", "bitsandbytes", "transformers.optimization"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
 def test_no_file_is_named_for_nothing_in_particular() -> None:
     drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
     for package in ("molora", "molora_kernels", "bench", "tests"):

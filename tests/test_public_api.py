@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
+import textwrap
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import molora
 import molora_kernels
+from molora import __main__ as listed
 from molora_kernels.backend import compiler_installed
 
 
@@ -15,6 +21,28 @@ def test_molora_exports() -> None:
     assert set(molora.__all__) == {
         "Config", "Injection", "MoE", "UserError", "inject", "load", "parameter_groups", "remove", "save_adapter",
     }  # fmt: skip
+
+
+def test_what_help_shows_runs(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, _ = (molora.__doc__ or "").partition("In Python::")[2].partition("Commands")
+    (tmp_path / "meta-llama").mkdir()
+    (tmp_path / "meta-llama" / "Llama-3.2-1B").symlink_to(tiny_model_dir)
+    monkeypatch.chdir(tmp_path)
+    ids = torch.arange(8)[None]
+    names = {"torch": torch, "molora": molora, "AutoModelForCausalLM": AutoModelForCausalLM}
+    exec(textwrap.dedent(code), {**names, "batch": {"input_ids": ids, "labels": ids}})
+    assert (tmp_path / "adapter" / "molora.json").is_file()
+
+
+def test_the_list_of_commands_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(molora.__file__).parent
+    started = [path for path in folder.rglob("*.py") if "\n    cli.run(main)\n" in path.read_text(encoding="utf-8")]
+    started += folder.glob("*/__main__.py")
+    commands = {(path.parent if path.stem == "__main__" else path).stem for path in started}
+    listed.main([])
+    assert set(re.findall(r"python -m molora\.([a-z]+) {2,}\w", capsys.readouterr().out)) == commands
+    with pytest.raises(SystemExit, match="2"):
+        listed.main(["train"])
 
 
 def test_kernel_exports() -> None:

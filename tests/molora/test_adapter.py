@@ -172,6 +172,12 @@ def test_nothing_by_that_name(tmp_path):
     for device in ("meta", "xla"):
         with pytest.raises(molora.UserError, match=f"'{device}' cannot be used here"):
             molora.load(tmp_path / "empty", device=device)
+    with pytest.raises(
+        molora.UserError, match=r"\(Could not run '[\w:.]+' with arguments from the 'MPS' backend\); use"
+    ):
+        molora.load(tmp_path / "empty", device="mps")
+    with pytest.raises(molora.UserError, match=r"^precision: .*'fp32'.*\(it is 'float32'\)"):
+        molora.load(tmp_path / "empty", precision="float32")
 
 
 def test_a_compiled_model_is_saved_as_itself_and_one_of_peft_refused(saved, tmp_path):

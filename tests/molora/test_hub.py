@@ -107,6 +107,29 @@ def test_what_cannot_be_had_is_refused_with_the_reason(hub, pushed, monkeypatch)
         molora.load("me/experts")
 
 
+def test_without_a_network_molora_asks_the_hub_in_one_round(hub, tiny_model_dir, tmp_path, monkeypatch):
+    """A round is six requests with five naps between them, by the hub's own client."""
+    hub.repositories["me/base"] = {path.name: path.read_bytes() for path in tiny_model_dir.iterdir()}
+    expected = logits_of(molora.load("me/base", **LOADED)[0])
+    model, _ = molora.load(tiny_model_dir, **LOADED)
+    model.molora_base = "me/nothing"
+    molora.save_adapter(molora.inject(model, SHAPE), tmp_path / "adapter")
+    naps: list[float] = []
+    monkeypatch.setattr("time.sleep", naps.append)
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hub.endpoint, constants.ENDPOINT)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with pytest.raises(molora.UserError, match=r"'me/nothing' .* hub cannot be asked for it \(.*refused"):
+        molora.load("me/nothing", **LOADED)
+    assert len(naps) == 5
+    naps.clear()
+    with pytest.raises(molora.UserError, match="'me/nothing' cannot be loaded"):
+        molora.load(tmp_path / "adapter", **LOADED)
+    assert len(naps) <= 10  # transformers' own two rounds for the base
+    assert torch.equal(logits_of(molora.load("me/base", **LOADED)[0]), expected)  # from the cache
+
+
 def test_an_adapter_of_peft_comes_back_through_peft_and_molora_says_so(hub, tiny_model_dir):
     peft = pytest.importorskip("peft")
     from molora.peft import MoloraConfig

@@ -90,6 +90,15 @@ def test_groups_are_those_of_the_recipe(base):
     assert routing.names(model)[:3] == [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
 
 
+@pytest.mark.parametrize("strategy", ["mixture_lora", "dense_lora"])
+def test_groups_go_into_an_optimizer_with_their_names(base, batch, strategy):
+    model = molora.inject(copy.deepcopy(base), {"lora_r": 4, "strategy": strategy})
+    groups = molora.parameter_groups(model)
+    optimizer = torch.optim.AdamW([{"params": members} for members in groups.values() if members], lr=1e-4)
+    named = [dict(zip(group["param_names"], group["params"], strict=True)) for group in optimizer.param_groups]
+    assert named == [dict(members) for members in groups.values() if members]
+
+
 def test_experts_compute_what_the_formula_says(base, batch):
     """One projection with hand-made gates, in fp64, against the sum over chosen experts."""
     model = copy.deepcopy(base).double()
@@ -148,6 +157,8 @@ def test_layer_choice(base):
         ({"start_layer": 5}, "start_layer"),
         ({"injection": {"target_keywords": ["gate_proj"]}, "moe": {"router_scope": "mlp"}}, "router_scope"),
         ({"lora_rank": 4}, "lora_r"),
+        ({"num_experts": 4, "moe": {}}, r"did you mean 'injection\.num_experts'"),
+        ({"num_experts": 4, "router_z_loss_coef": 0.1}, r"did you mean 'moe\.router_z_loss_coef'"),
         (None, "injection: "),
     ],
 )
@@ -157,6 +168,14 @@ def test_bad_targets_are_refused_and_the_model_is_left_alone(base, config, messa
         molora.inject(model, config)
     assert all(p.requires_grad for p in model.parameters())
     assert not any(isinstance(module, LoraLinear) for module in model.modules())
+
+
+def test_router_settings_are_taken_as_a_mapping_too(base):
+    model = molora.inject(copy.deepcopy(base), {"lora_r": 2}, {"router_scope": "mlp"})
+    assert model.molora.moe == MoE(router_scope="mlp")
+    for moe, message in (({"router_scop": "mlp"}, "moe: .*did you mean 'router_scope'"), (3, "moe: input")):
+        with pytest.raises(molora.UserError, match=message):
+            molora.inject(copy.deepcopy(base), {"lora_r": 2}, moe)
 
 
 def test_one_router_a_block_needs_swiglu_and_a_refusal_freezes_nothing(tiny_config):
@@ -180,6 +199,8 @@ def test_patching_twice_and_unknown_architectures_are_refused(base):
         molora.inject(copy.deepcopy(base).model, {"lora_r": 2})
     with pytest.raises(ValueError, match="no molora adapters"):
         molora.remove(copy.deepcopy(base))
+    with pytest.raises(ValueError, match="no molora adapters"):
+        molora.parameter_groups(base)
 
 
 def test_generation_with_a_cache_gives_the_tokens_of_full_forwards(base):

@@ -102,6 +102,24 @@ def test_the_estimate_is_the_measured_peak(overrides: list[str], make_config: Ma
     assert 0.95 < need.peak / measured < 1.10
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_base_is_as_large_as_the_loaded_one(
+    tied: bool,
+    make_config: MakeConfig,
+    tiny_config: LlamaConfig,
+    chat_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    shape = LlamaConfig(**tiny_config.to_dict() | {"tie_word_embeddings": tied})
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "model")
+    chat_tokenizer.save_pretrained(tmp_path / "model")
+    model, _ = adapter.load(tmp_path / "model", "cpu", "fp32")
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    base, _ = adapter.describe_base(settings := make_config(f"model_name={tmp_path / 'model'}"))
+    found = preflight.need(settings, base, torch.float32, preflight.Shape(1, 8, 4)).base
+    assert found == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
 def test_many_micro_batches_are_extrapolated_exactly(make_config: MakeConfig) -> None:
     base, _ = adapter.describe_base(make_config())
     shape = preflight.Shape(8, 60, 200)

@@ -269,19 +269,23 @@ def test_observing_sees_each_forward_and_leaves_the_model_as_it_was(tiny_config,
         {"injection": {"lora_r": 4, "init_b_std": 0.05, "target_keywords": ["gate_proj", "up_proj", "down_proj"]},
          "moe": {"router_scope": scope}},
     )  # fmt: skip
-    ids = batch[0].repeat(2, 1)  # more than take the path of few tokens, which rounds otherwise and records nothing
-    assert ids.numel() > decode.MOST_TOKENS
+    ids = batch[0].repeat(2, 1)
+    few = ids[:, :2]  # take a path of their own, which rounds otherwise
+    assert few.numel() <= decode.MOST_TOKENS < ids.numel()
+    record = routing.record(model, torch.ones_like(few), per_token=True)
     with torch.no_grad():
-        expected = model(ids).logits
+        expected = model(ids).logits, model(few).logits
         with routing.observing(model) as seen:
-            torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
-            model(inputs_embeds=model.get_input_embeddings()(ids[:, :2]))
+            assert torch.equal(model(ids).logits, expected[0])
+            assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(few)).logits, expected[1])
         model(ids)
+        with routing.using(model, record):
+            model(few)
     assert [record.gates.shape[1:3] for record in seen] == [(8, 9), (8, 2)]
+    torch.testing.assert_close(seen[1].gates, record.gates)
     for record in seen:
         assert len(record.gates) == len(routing.names(model)) == (6 if scope == "projection" else 2)
         torch.testing.assert_close(record.gates.sum(-1), torch.ones(record.gates.shape[:-1]))
-        torch.testing.assert_close((record.gates > 0).sum((1, 2)).float(), record.counts)
 
 
 def test_routers_by_kind_and_layer() -> None:

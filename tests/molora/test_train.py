@@ -184,7 +184,7 @@ def test_a_finished_run_is_kept_unless_told_otherwise(
 
 BAD = {
     "unknown key": (["--set", "training.learning_rate=1"], "unknown key 'training.learning_rate'"),
-    "misspelt key": (["--set", "injection.num_expert=4"], "did you mean 'num_experts'?"),
+    "misspelt key": (["--set", "injection.num_expert=4"], "did you mean 'injection.num_experts'?"),
     "wrong type": (["--set", "training.batch_size=many"], "training.batch_size"),
     "NaN lr": (["--set", "training.lr=.nan"], "training.lr: must be a finite number"),
     "negative lr": (["--set", "training.lr=-1"], "training.lr"),
