@@ -1,4 +1,4 @@
-"""molora: several LoRA experts for the price of one.
+"""molora: routed mixtures of LoRA experts for Llama-family models, from kernels to recipe.
 
 In Python::
 

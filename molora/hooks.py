@@ -148,7 +148,7 @@ class _PassOn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, model: nn.Module, record: routing.Record, total: Tensor, *outputs: Tensor) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.model, ctx.record, ctx.unit = model, record, record.gradient.clone()
+        ctx.model, ctx.record, ctx.unit, ctx.training = model, record, record.gradient.clone(), model.training
         record.passed_on = True
         record.gradient.zero_()  # what does not come through here has no router losses in it
         return total.clone(), *(output.view_as(output) for output in outputs)
@@ -157,11 +157,10 @@ class _PassOn(torch.autograd.Function):
     def backward(ctx: Any, weight: Tensor | None, *d_outputs: Tensor | None) -> Any:
         record = ctx.record
         if weight is None:
-            warnings.warn(
-                "the routers of this model train without their losses: the training loss was not made from "
-                "outputs.loss and leaves out outputs.aux_loss; add it",
-                stacklevel=2,
-            )
+            why = "the training loss was not made from outputs.loss and leaves out outputs.aux_loss; add it"
+            if not ctx.training:
+                why = "the model is in eval mode, where outputs.loss has none of them; call model.train() first"
+            warnings.warn(f"the routers of this model train without their losses: {why}", stacklevel=2)
         else:
             record.gradient.copy_(ctx.unit * weight)
         routing.ledger_of(ctx.model).current = record

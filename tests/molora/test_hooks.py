@@ -104,6 +104,13 @@ def test_a_loss_of_ones_own_adds_aux_loss_and_is_warned_where_it_forgets(model, 
     assert_same_gradient(model, plain)
 
 
+def test_a_model_that_is_trained_in_eval_mode_is_told_so(model, batch):
+    ids, mask = batch
+    model.eval()  # as from_pretrained leaves it
+    with pytest.warns(UserWarning, match=r"eval mode.* call model\.train\(\) first"):
+        model(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss.backward()
+
+
 def test_evaluation_and_generation_are_without_router_losses(model, batch):
     ids, mask = batch
     expected = lm_loss(model, ids, mask).item()
