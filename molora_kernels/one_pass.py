@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx._symbolic_trace import is_fx_tracing
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from molora_kernels import backend
 
@@ -29,7 +29,7 @@ def compiled(rows: Tensor) -> bool:
     """Whether a pass over these rows is compiled under the present choice of backend."""
     if len(rows) < LEAST_ROWS or torch.is_inference_mode_enabled():  # whose tensors would want loops of their own
         return False
-    if torch.jit.is_tracing() or is_fx_tracing():  # torch.compile refuses to be traced
+    if torch.jit.is_tracing() or is_fx_symbolic_tracing():  # torch.compile refuses to be traced
         return False
     return backend.backend_for(rows.device) == "inductor"
 

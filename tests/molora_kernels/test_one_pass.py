@@ -120,6 +120,14 @@ def test_no_compiler_is_said_when_it_is_chosen(monkeypatch: pytest.MonkeyPatch) 
         assert backend.backend_for(torch.device("cpu")) == "torch"
 
 
+def test_torch_has_nothing_to_warn_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two names for the same question one is logged as unclear, once in each process that trains."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.fx._symbolic_trace, "is_fx_tracing_warning", lambda: asked.append("is_fx_tracing"))
+    compiled(torch.ones(LEAST_ROWS, 2))
+    assert not asked
+
+
 def test_more_variants_than_torch_compile_keeps_run_as_they_stand() -> None:
     double = doubling()
     with use_backend("inductor"), torch._dynamo.config.patch(recompile_limit=1):
