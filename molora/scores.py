@@ -118,6 +118,9 @@ Results = Mapping[str, Mapping[str, BenchResult]]
 
 # --- differences -------------------------------------------------------------------------------------------------
 
+FEWEST_ROWS = 6
+"""Of fewer, all changing in one direction would be chance in more than 5 % of cases (2 / 2^rows, the sign test), while
+draws from them differ too little to show it: those of one row not at all."""
 RESAMPLES = 10_000
 METHOD = (
     f"paired bootstrap over the bench's rows, {RESAMPLES:,} resamples with a fixed seed, percentile interval of 95 %, "
@@ -144,9 +147,10 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval leaves zero out; one that is no number (a broken model) does not."""
+        """Whether the interval leaves zero out, over :data:`FEWEST_ROWS` or more; one that is no number (a broken
+        model) does not."""
         low, high = self.interval_95
-        return low > 0 or high < 0
+        return self.rows >= FEWEST_ROWS and (low > 0 or high < 0)
 
 
 def difference(
@@ -217,7 +221,11 @@ def _resample(table: np.ndarray, chunk: int = 500) -> Iterator[np.ndarray]:
 
 def comparison(results: Results, baseline: str, title: str) -> Table:
     """A row per bench, group and model, with each model's difference from ``baseline``; a star marks significance."""
-    made = Table(title=title, title_justify="left", caption=f"Δ: {METHOD}; * the interval leaves 0 out")
+    made = Table(
+        title=title,
+        title_justify="left",
+        caption=f"Δ: {METHOD}; * the interval leaves 0 out, of {FEWEST_ROWS} rows or more",
+    )
     made.caption_justify = "left"
     made.add_column("group", no_wrap=True)
     made.add_column("model", overflow="fold")
