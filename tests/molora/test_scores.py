@@ -164,7 +164,7 @@ def test_benches_of_one_name_are_told_apart() -> None:
 
 @pytest.mark.parametrize("rows", [scores.FEWEST_ROWS, scores.FEWEST_ROWS - 1])
 def test_comparison_shows_differences_from_the_baseline_alone(rows: int) -> None:
-    """With a star where they are no chance: of fewer rows, all changing alike would be one in more than 5 % of cases."""
+    """A star where they are no chance: of fewer rows, all changing alike would be so in more than 5 % of cases."""
     made = {"a": Score(("all",), 20.0, 10, "", False), "b": Score(("all",), 10.0, 10, "", True)}
     results = {name: {"b.jsonl": BenchResult((row,) * rows, None, None)} for name, row in made.items()}
     console = Console(width=140, record=True)
