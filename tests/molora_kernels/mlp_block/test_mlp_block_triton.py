@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 from mlp_cases import CASES, DTYPES, MlpCase, check, mlp_inputs, results
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from molora_kernels import Projection, Router, mlp_block, use_backend, use_form
 from molora_kernels.grouped_lora.dispatch import Form
@@ -123,6 +128,47 @@ def test_sums_and_casts_are_one_launch_each(H: int, device: torch.device, monkey
     # The adapters of gate and up are joined, and their routers' weights and biases; down's own bias is as it is, its B
     # is cast where y is made. Then the same for backward, without biases; then gradients, of routers too.
     assert launched == [4 + H, 1, 5 + (2 if H else 0), 6 + H]
+
+
+def test_launches_are_those_of_the_readme(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernel by kernel, and products and sums of PyTorch's."""
+    launched: Counter[str] = Counter()
+    kind = type(forward.swiglu_fwd_kernel)  # the interpreter's or the compiler's
+    run = kind.run
+    monkeypatch.setattr(
+        kind, "run", lambda k, *a, **how: (launched.update([f"`{k.fn.__name__}`"]), run(k, *a, **how))[1]
+    )
+
+    class Torchs(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.overloadpacket.__name__
+            if name in ("mm", "addmm", "addmm_", "sum"):
+                launched["`Tensor.sum`" if name == "sum" else "matrix library"] += 1
+            return func(*args, **(kwargs or {}))
+
+    i = mlp_inputs(MlpCase(T=40, K=32, inner=48, E=4, r=8, H=3, bias=True), torch.bfloat16, device)
+    lists = (i.weights, i.biases, i.lora_a, i.lora_b, i.router_weights, i.router_biases, i.selection_biases)
+    with Torchs():
+        h, *_, saved = forward.forward(i.x, *lists, i.mask, None, 2, 2.0, 0.0, "dense")
+        forward.down(h, saved[3], saved[6], i.weights[2], i.biases[2] if i.biases else None, i.lora_b[2], 2.0)
+        given = (i.weights, i.lora_a, i.lora_b, i.router_weights, saved, i.mask, None, 2, 2.0, 0.0)
+        backward.backward(i.dy, i.dsums, i.x, *given, True, True, True, "dense")
+    assert launched == launches_written(Path(forward.__file__).with_name("README.md"))
+
+
+def launches_written(page: Path) -> Counter[str]:
+    """The second column of the tables of launches: names with commas between, each followed by how often."""
+    written: Counter[str] = Counter()
+    times = {"twice": 2} | {f"{n} times": n for n in range(3, 9)}
+    rows = re.findall(r"^\|[^|]*\|([^|]*)\|[^|]*\|[^|]*\|$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for row in rows:
+        name = ""
+        for word in row.strip().split(", "):
+            if word in times:
+                written[name] += times[word] - 1
+            elif word.startswith("`") or word == "matrix library":
+                written[name := word] += 1
+    return written
 
 
 REAL = MlpCase(T=8192, K=3072, inner=8192, E=4, r=32, H=3, p=0.08)
