@@ -44,6 +44,7 @@ from molora.files import check_target, file_sha256, write_text
 from molora.generate import Answer, decode, generate_tokens, prefix_cache
 from molora.journal import Journal, digest
 from molora.loss import CHUNK_ELEMENTS, after_head, check_head
+from molora.report.folders import short_names
 from molora.scores import METHOD, BenchResult, Results, Score, comparison, differences, groups_of
 
 LOSS, ANSWERS = "loss", "answers"
@@ -399,6 +400,7 @@ def measured(options: argparse.Namespace) -> dict[str, dict[str, BenchResult]]:
         if not getattr(options, name):
             raise UserError(f"--{name} is missing: what is to be measured?")
     models = {name: _resolve(name, options.model) for name in options.model}
+    short_names(list(models))  # by which the table calls them: one folder, written in two ways, is an error
     settings = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
     for path in options.bench:
         _check_golds(read_rows(path)[: options.limit])  # a bad row of the last bench should not be found after hours

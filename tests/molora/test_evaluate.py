@@ -191,6 +191,7 @@ def test_command_line(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.Captu
         (["--model", "x", "--baseline", "y"], "--baseline y: is none of the models"),
         ([], "--model is missing"),
         (["--model", "./nowhere"], "nowhere"),
+        (["--model", "x", "--model", "x/"], "given twice"),
         (["--model", "./nowhere", "--output", "rows.jsonl"], "rows.jsonl: is read here"),
         (["--model", "./nowhere", "--output", "."], "is a folder"),
         (["--model", "./nowhere", "--lm-eval-path", "."], "say how --lm-eval asks"),
