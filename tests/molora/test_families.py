@@ -130,6 +130,7 @@ def logits(name: str, **changed: Any) -> torch.Tensor:
     config = copy.deepcopy(model.config)
     for key, value in changed.items():
         setattr(config.get_text_config(), key, value)
+    config._attn_implementation = "eager"  # which knows of every key; transformers 5.17 caps no scores in sdpa
     other = type(model)(config).float().eval()
     other.load_state_dict(model.state_dict())
     with torch.no_grad():

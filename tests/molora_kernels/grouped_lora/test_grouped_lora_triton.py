@@ -83,24 +83,6 @@ def test_only_what_is_needed_is_computed(need: tuple[bool, bool, bool], device: 
     assert len(some[2]) == (2 if need_dlora else 0)
 
 
-def test_gates_of_16_bits_are_not_taken_for_planes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planes are three times as many: on a GPU they would lie in whatever tensor comes next."""
-    s, dgated, gates = (torch.randn(9, *size).to(device, torch.bfloat16) for size in ((8,), (8,), (1, 4)))
-    rooms: list[torch.Tensor] = []
-
-    def with_room_behind(like: torch.Tensor) -> torch.Tensor:
-        rooms.append(like.new_full((4, *like.shape), 7.0))
-        return rooms[-1][0]
-
-    monkeypatch.setattr(torch, "empty_like", with_room_behind)
-    *_, dgates = gating.gate_backward(dgated, s, gates, 1, 2.0, need_ds=True, need_gated=True, need_dgates=True)
-    exact = 2.0 * (dgated.double() * s.double()).unflatten(1, (4, 2)).sum(-1)
-    assert dgates.dtype == torch.bfloat16
-    torch.testing.assert_close(dgates[:, 0].double(), exact, rtol=2**-8, atol=1e-6)
-    assert len(rooms) == 3
-    assert all(torch.all(room[1:] == 7.0) for room in rooms)
-
-
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_fit_in_shared_memory(dtype: torch.dtype, capability: tuple[int, int] | None) -> None:
