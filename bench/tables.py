@@ -66,6 +66,10 @@ def _device(result: Result) -> str:
     return shape["device"]
 
 
+def _short_device(result: Result) -> str:
+    return "CPU" if _device(result) == "cpu" else result["provenance"]["gpu"].removeprefix("NVIDIA ")
+
+
 def _absent(result: Result) -> str:
     """Reasons for what has no time, one line each."""
     both = {
@@ -85,14 +89,15 @@ SHORT = ("frozen base", "molora", "PEFT LoRA r=64", "PEFT LoRA r=128", "naive lo
 def speed(results: Results) -> str:
     """The block and the step over the frozen base, on both kinds of device, of those whom everybody asks for first."""
     columns = {
-        "block, H200, bf16": "mlp-cuda-bf16",
-        "step, H200, bf16": "step-cuda-bf16-stage2-checkpointing",
-        "block, CPU, fp32": "mlp-cpu-fp32",
-        "block, CPU, bf16": "mlp-cpu-bf16",
-        "step, CPU, fp32": "step-cpu-fp32",
+        "mlp-cuda-bf16": "block, {}, bf16",
+        "step-cuda-bf16-stage2-checkpointing": "step, {}, bf16",
+        "mlp-cpu-fp32": "block, {}, fp32",
+        "mlp-cpu-bf16": "block, {}, bf16",
+        "step-cpu-fp32": "step, {}, fp32",
     }
-    found = {head: results.get(name) for head, name in columns.items()}
-    if not any(found.values()):
+    there = {name: result for name in columns if (result := results.get(name))}
+    found = {columns[name].format(_short_device(result)): result for name, result in there.items()}
+    if not found:
         return f"{NOT_MEASURED.capitalize()} yet.\n"
     rows = ([_name(v), *(_cell(r, v, "ratio").replace(NOT_MEASURED, "") for r in found.values())] for v in SHORT)
     return _table(["time over the frozen base, forward + backward", *found], rows)
