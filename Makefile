@@ -20,7 +20,7 @@ quickstart: $(VENV)/.done  ## both stages on a real model, on the CPU, with a re
 	$(BIN)/python -m molora.prepare quickstart
 	$(BIN)/python -m molora.quickstart
 
-test: $(VENV)/.done  ## the whole suite, on the CPU
+test: $(VENV)/.done  ## the suite, on the CPU
 	$(BIN)/python -m pytest -n auto -m "not gpu and not slow"
 
 test-slow: $(VENV)/.done  ## what takes minutes: a real model made from its package, molora installed without a checkout

@@ -51,9 +51,10 @@ def inject(
         moe: the router settings where ``config`` does not hold them, as an :class:`MoE` or a mapping with its keys.
 
     Returns:
-        ``model``. With ``init_b_std = 0`` its logits are bit for bit those from before. While it trains,
-        ``outputs.loss`` has the router losses in it and ``outputs.aux_loss`` has them apart (:mod:`molora.hooks`);
-        ``save_pretrained`` writes the adapter alone.
+        ``model``. With ``init_b_std = 0`` its logits are those from before: bit for bit in small calls on a CPU,
+        elsewhere but for rounding (the SwiGLU block rounds to 16 bits once where transformers does so twice). While it
+        trains, ``outputs.loss`` has the router losses in it and ``outputs.aux_loss`` has them apart
+        (:mod:`molora.hooks`); ``save_pretrained`` writes the adapter alone.
 
     Raises:
         UserError: an architecture without plain decoder layers, or with experts of its own that the keywords may mean,
