@@ -41,10 +41,10 @@ from molora.config import Data as DataConfig
 from molora.data import Batch, Collate, Example, Row, read_rows
 from molora.errors import UserError
 from molora.files import check_target, file_sha256, write_text
+from molora.folders import short_names
 from molora.generate import Answer, decode, generate_tokens, prefix_cache
 from molora.journal import Journal, digest
 from molora.loss import CHUNK_ELEMENTS, after_head, check_head
-from molora.report.folders import short_names
 from molora.scores import METHOD, BenchResult, Results, Score, comparison, differences, groups_of
 
 LOSS, ANSWERS = "loss", "answers"

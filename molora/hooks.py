@@ -77,6 +77,7 @@ def detach(model: nn.Module, state: State) -> None:
 def _forget(ledger: routing.Ledger, *_: Any) -> None:
     """Before a forward of the backbone: drop the record that a backward left behind where it raised, as one without the
     memory for it does. Its mask and its gradient are of another batch."""
+    # -1: no backward is running, which would still read it.
     if ledger.current is not None and ledger.current.passed_on and torch._C._current_graph_task_id() == -1:
         ledger.current = None
 

@@ -213,8 +213,9 @@ class SharedInput:
 
 
 _HOOKED = (
-    "a projection of an MLP with one router (moe.router_scope: mlp) has hooks, which would not be called: the MLP "
-    "is computed as one: remove them, put them on the MLP, or use router_scope: projection"
+    "a projection of an MLP with one router (moe.router_scope: mlp) has hooks, which would not be called, since the "
+    "MLP is computed as one; remove them, put them on the MLP, or give each projection a router of its own "
+    "(moe.router_scope and expert_scope: projection)"
 )
 
 

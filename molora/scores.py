@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from molora.answers import wilson_interval
-from molora.report.folders import short_names
+from molora.folders import short_names
 
 ALL = "all"
 """The group of all rows, where a bench has several domains."""

@@ -63,9 +63,8 @@ def read_jsonl(path: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(
-                line.removeprefix("\ufeff")
-            )  # Windows editors put a mark there; training reads past it too
+            # Windows editors put a mark at the beginning of a file; training reads past it too.
+            row = json.loads(line.removeprefix("\ufeff"))
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})") from error
         except (RecursionError, ValueError) as error:

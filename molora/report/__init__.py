@@ -4,8 +4,7 @@
     python -m molora.report run DIR [DIR …]
 
 Data flows one way: ``observe`` runs models, ``statistics`` are pure functions of what was seen, ``pictures`` draw
-numbers, ``page`` puts pictures on one HTML page; ``routing`` and ``run`` are the two commands, which
-call models what ``folders`` says.
+numbers, ``page`` puts pictures on one HTML page; ``routing`` and ``run`` are the two commands.
 """
 
 from molora.report.pictures import draw_routing

@@ -21,8 +21,8 @@ from molora.config import Data as DataConfig
 from molora.data import read_rows, spread
 from molora.errors import UserError
 from molora.files import write_text
+from molora.folders import short_names
 from molora.report import page, pictures, statistics
-from molora.report.folders import short_names
 from molora.report.observe import Observation, observe, pieces
 from molora.report.page import Section, Text, TextView
 from molora.report.pictures import Line, Panel

@@ -15,8 +15,8 @@ import torch
 
 from molora import checkpoint, config, metrics
 from molora.errors import UserError
+from molora.folders import short_names
 from molora.report import page, pictures, statistics
-from molora.report.folders import short_names
 from molora.report.page import Section
 from molora.report.pictures import Line, Panel
 from molora.routing import by_kind

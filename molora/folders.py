@@ -1,4 +1,4 @@
-"""What folders are called on a page."""
+"""What folders of models are called in tables and on pages."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from molora.errors import UserError
-from molora.report.folders import short_names
+from molora.folders import short_names
 
 
 def test_names_tell_folders_apart() -> None:
