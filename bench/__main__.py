@@ -18,6 +18,7 @@ COMMANDS = {
     "op": "bench.op",
     "expand": "bench.expand",
     "step": "bench.step",
+    "recipe": "bench.recipe",
     "sweep": "bench.sweep",
     "all": "bench.all",
     "report": "bench.report",

@@ -65,6 +65,7 @@ def commands(device: str) -> Iterator[tuple[str, list[str]]]:
         yield f"step-cuda-bf16-{stage}-whole", ["step", *model, *whole]
         compiled = ["--checkpointing", "non_reentrant", "--compile", "--only", "molora"]
         yield f"step-cuda-bf16-{stage}-compile", ["step", *model, *size, *compiled]
+    yield "recipe-cuda", ["recipe", "--device", "cuda"]
     for over in ("tokens", "experts", "rank", "top_k"):
         fixed = [] if over == "tokens" else ["--tokens", "8192"]
         yield f"sweep-cuda-bf16-{over}", ["sweep", "--over", over, *block, *fixed, "--rounds", "10"]

@@ -4,6 +4,8 @@
 #   bench/gpu.sh [PART…]      default: tests core
 #     tests      every kernel on the device against the fp64 reference, small and at real sizes
 #     core       the block, its operations and a training step at Llama-3.2-3B's shapes
+#     recipe     both stages by molora.train itself, tiny and against its own resumed run; then at their own size, on
+#                random weights (python -m bench recipe)
 #     more       what changes with tokens, experts, dropout, the other stage; torch.compile
 #     sanitize   compute-sanitizer over a small block, which has every operation in it
 #     tune       tiles that kernels could have beside those they have (see bench/tune.py)
@@ -18,7 +20,7 @@
 # JSON of the main benchmarks beside it.
 #
 # Builds nothing. Needs python3 with torch, triton, transformers, pytest, hypothesis, rich, tqdm and pyyaml. Tests run
-# in parallel with pytest-xdist; the training step needs pydantic (with pydantic-core, typing-inspection and
+# in parallel with pytest-xdist; the training step and the recipe need pydantic (with pydantic-core, typing-inspection and
 # annotated-types), PEFT's LoRA peft and accelerate. What python3 lacks is found on PYTHONPATH: wheels unpacked there
 # are enough. A copy without .git is told its commit by MOLORA_COMMIT.
 set -uo pipefail
@@ -28,8 +30,8 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TRITON_DEFA
 unset TRITON_INTERPRET
 parts=${*:-tests core}
 for part in $parts; do
-  case $part in tests | core | more | sanitize | tune) ;;
-    *) echo "no part $part: tests, core, more, sanitize or tune" && exit 2 ;;
+  case $part in tests | core | recipe | more | sanitize | tune) ;;
+    *) echo "no part $part: tests, core, recipe, more, sanitize or tune" && exit 2 ;;
   esac
 done
 everything=$(mktemp -d)/gpu
@@ -102,6 +104,10 @@ core() {
   measure step-cuda-bf16-stage2 110 step "${model[@]}" --rows 8 --length 1024 --checkpointing none \
     --only molora "molora grouped" "PEFT LoRA r=64" "PEFT LoRA r=128"
   measure op-cuda-bf16 60 op "${shapes[@]}" --tokens 8192
+}
+recipe() {
+  step tests-device 60 "${pytest[@]}" -m gpu tests/molora/test_device.py
+  measure recipe-cuda 200 recipe --device cuda
 }
 more() {
   # Both micro-batches of a step at once, which asks half as much of the host.

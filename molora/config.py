@@ -199,6 +199,9 @@ class Training(Section):
     """Keep only so many of the newest ``checkpoint-<step>`` folders."""
     log_steps: Positive = 10
     num_workers: Count = 0
+    deterministic: bool = False
+    """Have PyTorch compute the same bits each time on a GPU, where the backward of its attention adds in any order
+    otherwise, and is faster so. molora's kernels, and a CPU, give the same bits either way."""
 
     @model_validator(mode="after")
     def _check(self) -> Training:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -41,6 +42,8 @@ CUDA_CONTEXT = GB // 2
 MARGIN = 0.95
 """Share of the memory that the estimate may take; the rest is fragmentation."""
 PROBE_STEPS = 3
+PROBE_SECONDS = 60.0
+"""After which no further step is probed: a large model on a CPU takes minutes for one."""
 
 
 @dataclass(frozen=True)
@@ -356,26 +359,28 @@ def _extent(config: Config, examples: Examples, count: int) -> str:
 
 
 def _probe(config: Config, output: Path, rows: Sequence[Row], estimate: int) -> str:
-    """Some real steps of the last phase, the most expensive one; the first, which compiles and warms up, is not
-    counted."""
+    """Some real steps of the last phase, the most expensive one. The first, which compiles and warms up, counts only if
+    it has taken so long that there is no other."""
     trainer = Trainer(config, output, rows)
     trainer.model.train()
     trainer.progress.step = config.training.phases[-1].step
+    taken: list[float] = []
     windows = trainer.windows(steps=PROBE_STEPS + 1)
-    began, done = time.perf_counter(), 0
-    for window in windows:
+    for window in tqdm(windows, desc="probing", total=PROBE_STEPS + 1, unit="step", disable=None, leave=False):
         trainer.enter_phase()
+        began = time.perf_counter()
         bool(trainer.train_step(window).skipped)  # waits for the device
-        if not done:
-            began = time.perf_counter()
-        done += 1
-    seconds = (time.perf_counter() - began) / max(1, done - 1)
+        taken.append(time.perf_counter() - began)
+        if sum(taken) > PROBE_SECONDS:
+            break
+    counted = taken[1:] or taken
+    seconds = sum(counted) / len(counted)
     left = timedelta(seconds=round(seconds * config.training.max_train_steps))
     measured = ""
     if trainer.model.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(trainer.model.device)
         measured = f" | peak of these steps {peak / GB:.2f} GB, estimated for the largest batch {estimate / GB:.2f} GB"
-    return f"time: {left} at {seconds:.2f} s per step, probed{measured}"
+    return f"time: {left} at {seconds:.2f} s per step, probed in {len(counted)}{measured}"
 
 
 def _memory(device: torch.device) -> int:

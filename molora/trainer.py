@@ -6,6 +6,7 @@ window is that of one large batch: losses are sums, divided by the tokens of the
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -63,6 +64,8 @@ class Trainer:
         if start is not None:
             world.together(lambda: checkpoint.check_same_run(start, config, self.provenance))
 
+        if config.training.deterministic:
+            compute_alike()
         seed_everything(config.seed)
         self.model, self.tokenizer = world.together(lambda: self._open_model(start))
         self._share_model()
@@ -368,7 +371,7 @@ class Trainer:
             if (counts := interval.domain_counts()) is not None:
                 routed["domains"] = self.domains.load(counts, names, routing.ledger_of(self.model).top_k)
         seed, rows, skipped = self.config.seed, self.progress.rows, self.progress.skipped
-        log.write(step, seed=seed, rows=rows, skipped=skipped, **values, **routed)
+        log.write(step, seed=seed, rows=rows, skipped=skipped, **values, **self._memory(), **routed)
         for at, warning in findings.warnings:
             log.write(at, warning=warning)
             tqdm.write(f"warning: step {at}: {warning}")
@@ -380,6 +383,11 @@ class Trainer:
             left = timedelta(seconds=round((steps - step) * values["seconds_per_step"]))
             speed = f"{values['tokens_per_second']:.0f} tokens/s"
             print(f"step {step}/{steps} | loss {loss} | {speed} | {left} left", flush=True)
+
+    def _memory(self) -> dict[str, float]:
+        """The most that tensors have taken of this process's GPU so far, in GB, as ``--preflight`` estimates it."""
+        device = self.model.device
+        return {"peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
 
     def _announce(self) -> None:
         rows = f"{self.rows} rows"
@@ -402,6 +410,14 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def compute_alike() -> None:
+    """From here on in this process PyTorch takes algorithms that give the same bits each time, and refuses others."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may share its memory between streams
+    torch.use_deterministic_algorithms(True)
+    # A pass over every new tensor, which finds mistakes and costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue] # a property of the module
 
 
 def seed_step(seed: int, rank: int, step: int) -> None:

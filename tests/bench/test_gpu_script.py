@@ -37,7 +37,7 @@ def ran(tmp_path: Path) -> tuple[subprocess.CompletedProcess[str], list[list[str
     asked = tmp_path / "asked"
     environment = {**os.environ, "PATH": f"{stub.parent}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
     done = subprocess.run(
-        ["bash", str(SCRIPT), "tests", "core", "more"], env=environment | {"ASKED": str(asked)},
+        ["bash", str(SCRIPT), "tests", "core", "recipe", "more"], env=environment | {"ASKED": str(asked)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return done, [line.split("\t")[:-1] for line in asked.read_text().splitlines()]

@@ -169,7 +169,14 @@ def test_the_command_shows_memory_steps_and_time(
     assert "100 steps of 8 x 2" in shown
     assert "100.00 epochs of 16 rows" in shown
     assert "fits: 0.01 GB of the" in shown
-    assert " s per step, probed" in shown
+    assert " s per step, probed in 3" in shown
+
+
+def test_one_step_is_probed_where_it_takes_long(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "PROBE_SECONDS", 0.0)
+    assert " s per step, probed in 1" in preflown(capsys, make_config(), tmp_path)
 
 
 def test_what_does_not_fit_is_warned_of_with_settings_that_do(
