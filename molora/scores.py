@@ -260,8 +260,8 @@ def columns(results: Results, title: str) -> Table:
     """A column per model, a row per measure; exact match with its 95 % interval."""
     made = Table(title=title, title_justify="left")
     made.add_column("", no_wrap=True)
-    for model in results:
-        made.add_column(escape(model), justify="right")
+    for name in short_names(list(results)):
+        made.add_column(escape(name), justify="right", overflow="fold")
     first = next(iter(results.values()))
     for bench, result in first.items():
         found = [benches[bench] for benches in results.values()]

@@ -33,7 +33,11 @@ def result(group: str, loss: float, correct: int | None = None) -> BenchResult:
 def test_table_fits_a_terminal_and_shows_every_number() -> None:
     results = {
         name: {"general": result("general-ko", loss), "maths": result("maths", loss / 2, correct)}
-        for name, loss, correct in [("base", 2.5, 0), ("stage1", 2.25, 1), ("stage2", 2.0, 2)]
+        for name, loss, correct in [
+            ("a/long/way/to/the/base", 2.5, 0),
+            ("a/long/way/to/stage1_general_sft/final", 2.25, 1),
+            ("a/long/way/to/stage2_reasoning_sft/final", 2.0, 2),
+        ]
     }
     console = Console(width=80, record=True)
     console.print(scores.columns(results, "title"))
@@ -47,6 +51,8 @@ def test_table_fits_a_terminal_and_shows_every_number() -> None:
         "1,234",
         "56",
         "  maths/echo",
+        "stage1_general_sft ",
+        "stage2_reasoning_sf",  # and the rest below it
     ):
         assert text in shown
     assert "…" not in shown
