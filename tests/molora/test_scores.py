@@ -52,7 +52,7 @@ def test_table_fits_a_terminal_and_shows_every_number() -> None:
         "56",
         "  maths/echo",
         "stage1_general_sft ",
-        "stage2_reasoning_sf",  # and the rest below it
+        "stage2_reasoning_ ",  # and the rest below it
     ):
         assert text in shown
     assert "…" not in shown
