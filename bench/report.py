@@ -1,4 +1,4 @@
-"""Draw the plots and fill the tables of README.md and docs/kernels.md, from the JSON files in bench/results alone."""
+"""Draw the plots and fill the tables of README.md, docs/kernels.md and docs/recipe.md, from the JSON files in bench/results alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.arguments import Mistake
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md", ROOT / "docs" / "recipe.md")
 
 
 def load(folder: Path = RESULTS) -> tables.Results:

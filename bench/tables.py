@@ -254,6 +254,28 @@ def host(results: Results) -> str:
     return _table(["a layer, forward and backward", *heads, *(f"{head}, recomputed" for head in heads)], rows)
 
 
+def recipe(results: Results) -> str:
+    """Both stages at their own size, on each device that has run them."""
+    rows, origins = [], []
+    for name, result in results.items():
+        if not name.startswith("recipe-"):
+            continue
+        origins.append(f"{_short_device(result)}: {_origin(result)}.\n")
+        for row in result["rows"]:
+            on_gpu = "peak_memory_gb" in row
+            memory = f"{row['peak_memory_gb' if on_gpu else 'resident_gb']:.1f} GB" + ("" if on_gpu else " of the host")
+            times = [
+                f"{row['tokens_per_step']:,}",
+                f"{row['seconds_per_step']:.1f} s",
+                f"{row['tokens_per_second']:,.0f}",
+            ]
+            rows.append([f"{row['variant']}, {_short_device(result)}", *times, memory])
+    if not rows:
+        return f"{NOT_MEASURED.capitalize()} yet.\n"
+    heads = ["random weights", "tokens of a step", "time of a step", "tokens/s", "memory at most"]
+    return _table(heads, rows) + "\n" + "\n".join(origins)
+
+
 def _gib(result: Result | None, variant: str) -> str:
     row = _row(result, variant)
     if row is None or "peak_mib" not in row:
@@ -387,6 +409,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "decode-cpu-ratios": generation_ratios,
     "compile-cpu": compiled_step,
     "host": host,
+    "recipe": recipe,
     "origin-cpu": origin_cpu,
     "origin-cuda": lambda results: _origins(results, "cuda", "mlp-cuda-bf16"),
     "ops-cpu-fp32": ops("cpu", "fp32"),

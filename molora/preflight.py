@@ -309,7 +309,8 @@ def report(
     fits = mine <= MARGIN * memory
     named = f"{memory / GB:.1f} GB" + (" of --memory-gb" if memory_gb else f" of {device}")
     if fits:
-        console.print(f"fits: {mine / GB:.2f} GB of the {named}")
+        kept = ", without what the CPU's allocator keeps of freed memory" if device.type == "cpu" else ""
+        console.print(f"fits: {mine / GB:.2f} GB of the {named}{kept}", soft_wrap=True)
     else:
         console.print(f"warning: does not fit: {mine / GB:.2f} GB, and the {named} leave {MARGIN:.0%}")
         settings = fitting(config, examples, needs, MARGIN * memory - context)

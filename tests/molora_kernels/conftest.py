@@ -51,3 +51,15 @@ def _rounded_bf16() -> None:
         from interpreter import mend_bf16
 
         mend_bf16()
+
+
+@pytest.fixture(autouse=True)
+def _sanitized() -> Iterator[None]:
+    """Every launch in the interpreter is watched: what it reads and writes, and who else does."""
+    if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
+        yield
+        return
+    from sanitizer import watching
+
+    with watching():
+        yield

@@ -38,6 +38,15 @@ def test_against_fp64(case: MlpCase, form: Form, dtype: torch.dtype, device: tor
     check(mlp_inputs(case, dtype, device), case, "triton", form)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "dtype"), [*(("dense", d) for d in DTYPES), *GROUPED], ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_several_tiles_in_every_dimension(form: Form, dtype: torch.dtype, device: torch.device) -> None:
+    """So that loops have more than one step, and programs neighbours to race with, in tokens, features and ranks."""
+    case = MlpCase(T=290, K=270, inner=290, E=4, r=40, H=3, bias=True, p=0.05)
+    check(mlp_inputs(case, dtype, device), case, "triton", form)
+
+
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     T=st.integers(0, 70),
