@@ -1,4 +1,4 @@
-"""Draw the plots and fill the tables of README.md, docs/kernels.md and docs/recipe.md, from the JSON files in bench/results alone."""
+"""Draw the plots and fill the tables of the pages, from the JSON files in bench/results alone."""
 
 from __future__ import annotations
 

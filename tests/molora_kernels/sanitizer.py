@@ -50,7 +50,9 @@ def watching() -> Iterator[list[str]]:
             call(self, *args, **kwargs)
             launches[-1].judge()
         except Exception as error:
-            raise error.__cause__ if isinstance(error.__cause__, Fault) else error
+            if isinstance(error.__cause__, Fault):  # which the interpreter has wrapped
+                raise error.__cause__ from None
+            raise
         finally:
             launches.pop()
 
@@ -155,7 +157,8 @@ class _Launch:
         where = "no tensor"
         if nearest is not None:
             away = (int(address) - nearest.data_ptr()) / nearest.itemsize
-            where = f"{away:+g} elements from the start of {tuple(nearest.shape)}, strides {nearest.stride()}, {nearest.dtype}"
+            what_it_is = f"{tuple(nearest.shape)}, strides {nearest.stride()}, {nearest.dtype}"
+            where = f"{away:+g} elements from the start of {what_it_is}"
         raise Fault(f"{self.kernel}, program {self.program}: {what} {where}")
 
 

@@ -62,7 +62,7 @@ def test_what_lies_outside_is_found() -> None:
         copy_kernel[(3,)](x, y, 12, BLOCK=4, AHEAD=0)
     with watching(), pytest.raises(Fault, match="program 2: writes outside"):
         copy_kernel[(3,)](y, x, 12, BLOCK=4, AHEAD=0)
-    with watching(), pytest.raises(Fault, match="reads outside of its tensors: .* strides"):
+    with watching(), pytest.raises(Fault, match=r"reads outside of its tensors: .* strides"):
         copy_kernel[(3,)](whole.view(8, 8)[:, :4], y, 12, BLOCK=4, AHEAD=0)  # what lies between the rows of a view
 
 
