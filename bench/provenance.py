@@ -14,8 +14,8 @@ from typing import Any
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "eulerforge", "mixlora", "moe-peft", "unsloth")
 
-WRITTEN = ("--json", "--markdown")
-"""Flags whose values are files that a command writes."""
+WRITTEN = ("--json", "--markdown", "--folder")
+"""Flags whose values are what a command writes to."""
 
 
 def provenance() -> dict[str, Any]:

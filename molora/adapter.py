@@ -7,6 +7,7 @@ base). A stage that starts from such a folder gets its routers too, however many
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import json
@@ -48,10 +49,11 @@ _SHAPE_KEYS = (
 )  # fmt: skip
 
 
-def build(config: Config) -> tuple[PreTrainedModel, Any]:
+def build(config: Config, place: torch.device | None = None) -> tuple[PreTrainedModel, Any]:
     """The model that training starts from: base, adapters, and the weights of the stage before if there was one.
 
-    ``config.model_name`` names a base model or an adapter, a folder or on the hub. Returns (model, tokenizer).
+    ``config.model_name`` names a base model or an adapter, a folder or on the hub. ``place`` is where the model is put,
+    if that is not yet the device that it is for. Returns (model, tokenizer).
 
     Raises:
         UserError: nothing by that name, a backbone of another kind, or an adapter of another shape or base.
@@ -61,12 +63,12 @@ def build(config: Config) -> tuple[PreTrainedModel, Any]:
     device = pick_device(config.device)
     folder = find_adapter(config.model_name)
     if folder is None:
-        model, tokenizer = load_base(config.model_name, config.model, device)
+        model, tokenizer = load_base(config.model_name, config.model, device, place)
         _check_backbone(config, model)
         return inject(model, config), tokenizer
     manifest = read_manifest(folder)
     _check_same_shape(folder, manifest, config)
-    model, tokenizer = load_base(locate_base(folder, manifest), config.model, device)
+    model, tokenizer = load_base(locate_base(folder, manifest), config.model, device, place)
     _check_backbone(config, model)
     inject(model, config)
     load_weights(model, folder)
@@ -129,12 +131,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_base(name: str, config: Model, device: torch.device) -> tuple[PreTrainedModel, Any]:
-    """A transformers causal LM in the configured precision, and its tokenizer.
+def load_base(
+    name: str, config: Model, device: torch.device, place: torch.device | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """A transformers causal LM in the configured precision for ``device``, and its tokenizer. ``place`` is where it is
+    put, if that is not the device.
 
     Raises:
         UserError: nothing by that name, or a precision that is not to be had here.
     """
+    gc.collect()  # a patched model that nobody uses any more refers to itself, and its memory may be wanted now
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     attention = config.attn_implementation
     kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     kwargs |= quantisation(config.load_precision, device)
@@ -151,7 +159,7 @@ def load_base(name: str, config: Model, device: torch.device) -> tuple[PreTraine
     model.config.use_cache = True
     model.molora_base = name  # type: ignore[assignment] # the name that save_adapter writes down
     if not getattr(model, "is_quantized", False):  # which is on its device already, and refuses to be moved
-        model.to(device)  # type: ignore[arg-type] # transformers narrows the signature of Module.to
+        model.to(place or device)  # type: ignore[arg-type] # transformers narrows the signature of Module.to
     return model, tokenizer
 
 
@@ -240,9 +248,14 @@ def pick_dtype(precision: LoadPrecision, device: torch.device) -> torch.dtype:
     bf16 where the device is fast in it, else fp32."""
     mode = precision.compute_dtype if precision.mode in ("int8", "int4") else precision.mode
     if mode == "auto":
-        fast_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_fast_bf16()
+        fast_bf16 = cuda_has_bf16(device) if device.type == "cuda" else cpu_has_fast_bf16()
         return torch.bfloat16 if fast_bf16 else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mode]
+
+
+def cuda_has_bf16(device: torch.device) -> bool:
+    """Whether this GPU multiplies bf16: PyTorch says so of those that emulate it too."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def cpu_has_fast_bf16() -> bool:

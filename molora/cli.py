@@ -49,6 +49,16 @@ def run(main: Callable[[], None]) -> NoReturn:
         print("stopped: nobody reads the output any more", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would complain once more when it flushes at the end
         sys.exit(1)
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")  # what has not been imported has not raised
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        told = " ".join(str(error).split())
+        print(
+            f"error: the GPU's memory is full ({told}); lower the batch size, or keep the base in 4 bits (int4)",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             print(f"error: {error.filename}: {error.strerror}; give a shorter one", file=sys.stderr)

@@ -66,7 +66,7 @@ def few_tokens(
 def _product(x_TK: Tensor, weight: Tensor) -> Tensor:
     """``x W^T``. A large weight comes first, the rows of x its columns, two or more: with few rows and with one column
     this takes two to three times as long on a CPU (MKL, 2 threads)."""
-    if weight.numel() < SMALL:
+    if weight.numel() < SMALL or x_TK.device.type != "cpu":
         return F.linear(x_TK, weight)
     if x_TK.shape[0] == 1:
         return torch.mm(weight, x_TK.expand(2, -1).contiguous().T)[:, 0].unsqueeze(0)

@@ -158,7 +158,7 @@ def joined() -> Iterator[World]:
         yield World()
         return
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    if torch.cuda.is_available():
+    if world.local_rank < torch.cuda.device_count():  # of a run on CPUs there may be more processes than GPUs
         torch.cuda.set_device(world.local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     signal.signal(signal.SIGTERM, _stopped)
@@ -214,10 +214,10 @@ def _first_difference(one: Any, other: Any) -> tuple[list[str], Any, Any]:
 # --- sharding ----------------------------------------------------------------------------------------------------
 
 
-def shard(model: PreTrainedModel, world: World) -> None:
-    """Spread base and adapters of a patched model over all processes, in place: each decoder layer, the embedding and
-    the head are gathered when they are needed. Gradients are added, not averaged: losses are shares of one mean."""
-    device = model.device
+def shard(model: PreTrainedModel, world: World, device: torch.device) -> None:
+    """Spread base and adapters of a patched model over the devices of all processes, in place: each decoder layer, the
+    embedding and the head are gathered when they are needed. A model that is not on its device yet goes there layer by
+    layer, so that no device holds it whole. Gradients are added, not averaged: losses are shares of one mean."""
     mesh = init_device_mesh(device.type, (world.size,))
     layers: Any = model.get_submodule(family_of(model).layers)
     embedding: Any = model.get_input_embeddings()

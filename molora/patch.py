@@ -34,8 +34,9 @@ class State:
     """In the order of the ledger's rows."""
     replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     """(parent, attribute, original module)"""
-    unfrozen: list[nn.Parameter] = field(default_factory=list)
-    """Base parameters that required grad before."""
+    unfrozen: list[str] = field(default_factory=list)
+    """Names of base parameters that required grad before; the parameters themselves would be held here whole when the
+    model is spread over processes."""
     hooks: list[RemovableHandle] = field(default_factory=list)
     """Of :mod:`molora.hooks`."""
 
@@ -73,7 +74,7 @@ def inject(
         ) from None
     indices = _layer_indices(injection, len(layers))  # type: ignore[arg-type] # a ModuleList
     linears = [module for module in layers.modules() if isinstance(module, nn.Linear)]
-    _refuse_offloaded(linears)
+    _require_one_device(linears)
     fused = (
         getattr(model.config, "hidden_act", None) == "silu"
         and all(is_dense(linear) for linear in linears)
@@ -86,9 +87,9 @@ def inject(
     state = State(injection, moe)
     state.ledger.experts, state.ledger.top_k = injection.num_experts, injection.top_k
     state.ledger.selection_bias = moe.load_balance.type == "aux_loss_free"
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            state.unfrozen.append(parameter)
+            state.unfrozen.append(name)
             parameter.requires_grad_(False)
     for i in indices:
         _patch_layer(state, family, f"{family.layers}.{i}", layers.get_submodule(str(i)), plan[i], fused)
@@ -109,8 +110,8 @@ def remove(model: AnyModel) -> AnyModel:
     for parent, name, original in reversed(state.replaced):
         original.train(parent.training)
         setattr(parent, name, original)
-    for parameter in state.unfrozen:
-        parameter.requires_grad_(True)
+    for name in state.unfrozen:
+        model.get_parameter(name).requires_grad_(True)
     hooks.detach(model, state)
     return model
 
@@ -220,13 +221,20 @@ def _plan(family: Family, layer: nn.Module, injection: Injection, moe: MoE, fuse
     return plan
 
 
-def _refuse_offloaded(linears: list[nn.Linear]) -> None:
+def _require_one_device(linears: list[nn.Linear]) -> None:
     """accelerate brings an offloaded weight in when its linear is called, and takes it out again; the kernels read it
     without the linear."""
     if any(hasattr(linear, "_hf_hook") and linear.weight.is_meta for linear in linears):
         raise UserError(
             "the base is offloaded to CPU or disk (device_map, cpu_offload), and the kernels read its weights where "
             "they are: load it on one device, in 4 or 8 bits if it does not fit there"
+        )
+    devices = {str(linear.weight.device) for linear in linears}
+    if len(devices) > 1:
+        raise UserError(
+            f"the base lies on several devices ({', '.join(sorted(devices))}; device_map), and the routers' losses are "
+            "computed on one: load it on one, in 4 or 8 bits if it does not fit there, or train with "
+            "training.parallel=fsdp"
         )
 
 

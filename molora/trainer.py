@@ -58,14 +58,15 @@ class Trainer:
     ) -> None:
         self.config, self.output = config, output
         self.world = world = world or World()
+        if config.training.deterministic:
+            world.together(compute_alike)
+        world.together(self._take_device)
         self.provenance = provenance.collect(config, world.size)
         self._require_same(world.together(self._choose_kernels))
         start = world.from_first(lambda: checkpoint.newest(output)) if resume else None
         if start is not None:
             world.together(lambda: checkpoint.check_same_run(start, config, self.provenance))
 
-        if config.training.deterministic:
-            compute_alike()
         seed_everything(config.seed)
         self.model, self.tokenizer = world.together(lambda: self._open_model(start))
         self._share_model()
@@ -91,6 +92,20 @@ class Trainer:
             self.progress = checkpoint.restore(start, self.optimizer, self.schedule)
         self.start, self.resume = start, resume
 
+    def _take_device(self) -> None:
+        """Make a GPU this process's own: what asks for the current one, as PyTorch's threads do, gets it."""
+        device, place = adapter.pick_device(self.config.device), self.world.local_rank
+        if device.type != "cuda":
+            return
+        if self.world.size > 1 and place >= (count := torch.cuda.device_count()):
+            raise UserError(
+                f"this machine has {count} GPUs, and a process number {place + 1}: start as many (torchrun "
+                "--nproc-per-node), or train with device=cpu"
+            )
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
     def _choose_kernels(self) -> dict[str, Any]:
         """Choose backend and form; returns what else decides which kernels and tiles run here."""
         kernels, device = self.config.kernels, adapter.pick_device(self.config.device)
@@ -115,7 +130,9 @@ class Trainer:
         )
 
     def _open_model(self, start: Path | None) -> tuple[PreTrainedModel, Any]:
-        model, tokenizer = adapter.build(self.config)
+        # What is to be spread is nowhere whole but in the machine's memory.
+        spread = self.world.size > 1 and self.config.training.parallel == "fsdp"
+        model, tokenizer = adapter.build(self.config, torch.device("cpu") if spread else None)
         check_head(model)
         if start is not None:
             adapter.load_weights(model, start)
@@ -130,7 +147,7 @@ class Trainer:
         world.require_same("base model", fingerprint, "give all the same files of model_name")
         if self.config.training.parallel == "fsdp":
             self.model.molora_base_fingerprint = fingerprint  # type: ignore[assignment] # a plain attribute
-            distributed.shard(self.model, world)
+            distributed.shard(self.model, world, adapter.pick_device(self.config.device))
             self._add_spread = world.sum
 
     def _encode_all(self, rows: Sequence[Row]) -> tuple[data.Examples, data.Examples | None]:
@@ -217,7 +234,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         window = [batch.to(self.model.device) for batch in window]
         mine = [sum(batch.tokens for batch in window), sum(batch.label_tokens for batch in window)]
-        tokens, label_tokens = self.world.sum(torch.tensor(mine, dtype=torch.float64, device=self.model.device))
+        counts = torch.tensor(mine, dtype=torch.float64, pin_memory=self.model.device.type == "cuda")
+        # From pinned memory, or the host would wait here until the step before is done.
+        tokens, label_tokens = self.world.sum(counts.to(self.model.device, non_blocking=True))
         scopes = [window] if moe.load_balance.scope == "step" else [[batch] for batch in window]
         losses: list[Tensor] = []
         router_losses: list[tuple[Tensor, routing.RouterLosses]] = []
@@ -413,8 +432,17 @@ def seed_everything(seed: int) -> None:
 
 
 def compute_alike() -> None:
-    """From here on in this process PyTorch takes algorithms that give the same bits each time, and refuses others."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may share its memory between streams
+    """From here on in this process PyTorch takes algorithms that give the same bits each time, and refuses others.
+
+    Raises :class:`UserError` where the process has used a GPU already in a way that cannot be made up for.
+    """
+    wanted = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may share its memory between streams
+    if wanted not in os.environ and torch.cuda.is_initialized():  # cuBLAS reads it once
+        raise UserError(
+            f"training.deterministic: this process has used the GPU before; set {wanted}=:4096:8 in its environment"
+        )
+    os.environ.setdefault(wanted, ":4096:8")
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # transformers asks it for flash_attention_2
     torch.use_deterministic_algorithms(True)
     # A pass over every new tensor, which finds mistakes and costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue] # a property of the module

@@ -16,10 +16,12 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from molora_kernels.cpu import has_amx
 
@@ -103,6 +105,16 @@ def decided_by(device: torch.device) -> dict[str, Any]:
     return found | {"TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET")}
 
 
+def require_one_device(who: str, x: Tensor, others: Iterable[Tensor | None]) -> None:
+    """Raise ValueError, in the name of ``who``, for a tensor that is elsewhere than x: kernels go by addresses."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(
+                f"{who}: x is on {x.device} and another tensor, {tuple(other.shape)} {other.dtype}, on {other.device}; "
+                "expected one device"
+            )
+
+
 def without_compiler(error: Exception) -> None:
     """Compiling failed: go on in plain PyTorch and say so, once, unless compiling was asked for, or other processes
     compute the same step: they may have compiled, and would round otherwise."""
@@ -128,6 +140,12 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _tensor_cores() -> bool:
+    """Whether the GPU has those that Triton uses, for bf16 too; of a GPU that is not there nothing is said."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_properties().major >= 8
+
+
 def _compiler() -> str:
     """The C++ compiler that inductor calls."""
     return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
@@ -145,6 +163,8 @@ def _auto(device_type: str) -> tuple[Resolved, str]:
         return "torch", f"tensors are on {device_type}"
     if not _triton_installed():
         return "torch", "triton is not installed"
+    if not _tensor_cores():
+        return "torch", "the kernels are for GPUs of compute capability 8.0 and more"
     return "triton", "tensors are on cuda and triton is installed"
 
 

@@ -124,7 +124,9 @@ def _keep(row_keys: Tensor, pair_keys: Tensor, p: float, kept: Tensor) -> Tensor
 
 
 def _in_cache(columns: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows at a time, so few that the temporaries of their words stay in a core's cache."""
+    """Rows at a time, so few that the temporaries of their words stay in a core's cache; elsewhere all at once."""
+    if tensors[0].device.type != "cpu":
+        return iter([tensors])
     return zip(*(t.split(max(1, 2 * _CHUNK // max(columns, 1))) for t in tensors), strict=True)
 
 

@@ -55,6 +55,8 @@ def one_pass(rows: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
                     refused.add(args[0].dtype)  # more dtypes and layouts than torch.compile keeps of one function
                 except exc.BackendCompilerFailed as error:
                     backend.without_compiler(error)  # nothing was written yet
+            if args[0].device.type != "cpu":
+                return function(*args)
             step = max(1, _ELEMENTS * len(args[0]) // max(1, args[0].numel()))
             for part in zip(*(t.split(step) for t in args[:rows]), strict=True):
                 function(*part, *args[rows:])

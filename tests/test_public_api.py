@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import molora
 import molora_kernels
 from molora import __main__ as listed
+from molora_kernels import backend
 from molora_kernels.backend import compiler_installed
 
 
@@ -76,3 +77,10 @@ def test_backend_choice_is_checked_and_undone() -> None:
         assert molora_kernels.backend_for(cpu) == "reference"
     with pytest.raises(ValueError, match="choose one of"):
         molora_kernels.use_backend("cuda")  # type: ignore[arg-type]
+
+
+def test_a_gpu_without_the_tensor_cores_that_kernels_use_gets_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_triton_installed", lambda: True)
+    for has, expected in ((True, "triton"), (False, "torch")):
+        monkeypatch.setattr(backend, "_tensor_cores", lambda has=has: has)
+        assert backend._auto("cuda")[0] == expected

@@ -26,9 +26,13 @@ def softmax(b_logits, E: tl.constexpr, E_PAD: tl.constexpr):
 
 @triton.jit
 def choose(b_scores, TOP_K: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr):
-    """1.0 where an expert is among the TOP_K best scores, else 0.0; ties go to the lower index, padding never wins."""
+    """1.0 where an expert is among the TOP_K best scores, else 0.0; ties go to the lower index, padding never wins.
+
+    NaN wins, as in ``torch.topk``: compiled, ``argmax`` would pass over it, to padding in the end.
+    """
     o_e = tl.arange(0, E_PAD)[None, :]
-    b_left = tl.where(o_e < E, b_scores, float("-inf"))
+    b_left = tl.where(b_scores == b_scores, b_scores, float("inf"))
+    b_left = tl.where(o_e < E, b_left, float("-inf"))
     b_chosen = tl.zeros_like(b_scores)
     for _ in tl.static_range(TOP_K):
         b_best = tl.argmax(b_left, axis=1, tie_break_left=True)

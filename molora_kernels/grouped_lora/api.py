@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from molora_kernels import autocast
-from molora_kernels.backend import reference_chosen
+from molora_kernels.backend import reference_chosen, require_one_device
 from molora_kernels.dropout import check_dropout, dropout_mask, survivor_scale
 from molora_kernels.grouped_lora import dispatch, op, reference
 
@@ -55,8 +55,8 @@ def grouped_lora(
         G tensors (..., N_g) in x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or counts that do not fit; a base weight or bias that requires grad; dropout without
-            a seed.
+        ValueError: shapes, dtypes, devices or counts that do not fit; a base weight or bias that requires grad; dropout
+            without a seed.
     """
     features = x.shape[-1]
     x, frozen = autocast.follow(x, [*weights, *biases])
@@ -134,3 +134,4 @@ def _check(
         if top_k is not None and not 1 <= top_k <= experts:
             raise ValueError(f"grouped_lora: top_k={top_k} must lie between 1 and the number of experts, {experts}")
     check_dropout("grouped_lora", dropout_p, dropout_seed)
+    require_one_device("grouped_lora", x, (*weights, *biases, *lora_a, *lora_b, gates, dropout_seed))

@@ -4,7 +4,7 @@ Shape letters: T tokens, K input features, N output features, G projections that
 r rank of one expert, R = E * r, P = G * R columns of the shrink, H gate sets (G, or 1 shared by all projections).
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # (Triton types a launch as a plain call of the kernel: it knows neither num_warps nor that constexpr takes an int.)
 from __future__ import annotations
 
@@ -159,7 +159,9 @@ def input_bwd_kernel(
             b_router = tl.load(p_rows, mask=m_q[:, None] & m_k[None, :], other=0.0)
             b_dx = dot(b_dlogits, b_router, b_dx)
         else:
-            for i_q in range(tl.cdiv(Q, BLOCK_Q)):
+            # Not pipelined: on sm_100 Triton 3.9 lets the operands of the next step overwrite those of three products
+            # through one accumulator, of which it has waited for two.
+            for i_q in tl.range(tl.cdiv(Q, BLOCK_Q), num_stages=1):
                 o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
                 m_q = o_q < Q
                 p_rows = p_dlogits + o_row[:, None] * Q + o_q[None, :]

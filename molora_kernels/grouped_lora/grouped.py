@@ -355,7 +355,7 @@ def gate_backward(
         need_ds=need_ds, need_gated=need_gated, need_dgates=need_dgates,
     )  # fmt: skip
     if need_dgates:
-        dgates = torch.zeros_like(gates_THE).scatter_(2, torch.stack([one.chosen for one in sets], 1), dgates)
+        dgates = gates_THE.new_zeros(gates_THE.shape).scatter_(2, torch.stack([one.chosen for one in sets], 1), dgates)
     return ds, gated, dgates
 
 

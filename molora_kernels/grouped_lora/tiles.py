@@ -130,8 +130,8 @@ def expert_splits(T: int, P: int, K: int, tiles: Tiles) -> int:
 
 
 def _programs(P: int, K: int, tiles: Tiles) -> int:
-    """Of one run of rows."""
-    return max(1, cdiv(K, tiles.block_k) * cdiv(P, tiles.block_n))
+    """Of one run of rows; with P = 0 a router's gradient is alone."""
+    return max(1, cdiv(K, tiles.block_k) * max(1, cdiv(P, tiles.block_n)))
 
 
 def set_rows(dtype: torch.dtype) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from molora_kernels import autocast
-from molora_kernels.backend import reference_chosen
+from molora_kernels.backend import reference_chosen, require_one_device
 from molora_kernels.dropout import check_dropout
 from molora_kernels.grouped_lora import dispatch
 from molora_kernels.mlp_block import op, reference
@@ -83,7 +83,8 @@ def mlp_block(
         :class:`MlpOutput`. ``sums`` is differentiable.
 
     Raises:
-        ValueError: shapes, dtypes or counts that do not fit; a base weight that requires grad; dropout without a seed.
+        ValueError: shapes, dtypes, devices or counts that do not fit; a base weight that requires grad; dropout without
+            a seed.
     """
     leading = x.shape[:-1]
     x, weights = autocast.follow(x, [p.weight for p in (gate, up, down)])
@@ -183,3 +184,6 @@ def _check(
             f"mlp_block: mask is {tuple(mask.shape)}; expected the leading shape of x, {tuple(x.shape[:-1])}"
         )
     check_dropout("mlp_block", dropout_p, dropout_seed)
+    own = (t for p in projections for t in (p.weight, p.bias, p.lora_a, p.lora_b))
+    routed = (t for r in routers for t in (r.weight, r.bias, r.selection_bias))
+    require_one_device("mlp_block", x, (*own, *routed, mask, dropout_seed))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from molora_kernels import autocast
-from molora_kernels.backend import reference_chosen
+from molora_kernels.backend import reference_chosen, require_one_device
 from molora_kernels.router import op, reference
 
 
@@ -54,7 +54,7 @@ def router(
         :class:`Routing`; fp32, or fp64 for fp64 x.
 
     Raises:
-        ValueError: shapes that do not fit, or ``top_k`` out of range.
+        ValueError: shapes or devices that do not fit, or ``top_k`` out of range.
     """
     if weight.ndim != 3 or x.ndim < 1 or x.shape[-1] != weight.shape[-1]:
         raise ValueError(
@@ -69,6 +69,7 @@ def router(
     if mask is not None and mask.shape != x.shape[:-1]:
         raise ValueError(f"router: mask is {tuple(mask.shape)}; expected the leading shape of x, {tuple(x.shape[:-1])}")
 
+    require_one_device("router", x, (weight, bias, selection_bias, mask))
     flat = x.reshape(-1, features)
     flat_mask = None if mask is None else mask.reshape(-1)
     with autocast.off(x):

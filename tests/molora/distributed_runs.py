@@ -104,8 +104,8 @@ def meet(patch: pytest.MonkeyPatch, folder: Path, world: distributed.World) -> N
 def change_base(patch: pytest.MonkeyPatch) -> None:
     build = adapter.build
 
-    def changed(settings: config.Config) -> Any:
-        model, tokenizer = build(settings)
+    def changed(settings: config.Config, place: torch.device | None) -> Any:
+        model, tokenizer = build(settings, place)
         model.get_input_embeddings().weight.data.neg_()
         return model, tokenizer
 

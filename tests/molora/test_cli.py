@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from molora import cli
 from molora.errors import UserError
@@ -27,6 +28,12 @@ def failing(error: BaseException):
             OSError(errno.ENOSPC, "No space left on device", "f"),
             2,
             "error: f: No space left on device; make room and try again\n",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nMore"),
+            2,
+            "error: the GPU's memory is full (CUDA out of memory. More); "
+            "lower the batch size, or keep the base in 4 bits (int4)\n",
         ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import molora
-from molora import checkpoint, config, data, generate, metrics
+from molora import adapter, checkpoint, config, data, generate, metrics, trainer
+from molora.errors import UserError
 from molora.trainer import Trainer
 from tests.conftest import WORDS, make_rows, write_jsonl
 
@@ -75,6 +76,21 @@ def test_two_stages_and_going_on_bit_for_bit(device: str, kind: str, base: Path,
 
     two = run(one / checkpoint.FINAL, tmp_path, "two", device, *settings)
     assert metrics.read(two / metrics.FILE)[0]["loss"] < losses[3], "stage 2 does not begin where stage 1 ended"
+
+
+def test_alike_is_refused_where_it_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8 in its environment"):
+        trainer.compute_alike()
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_auto_is_bf16_where_a_gpu_has_it(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert adapter.pick_dtype(config.LoadPrecision(), torch.device("cuda:1")) == dtype
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 
 import pytest
 import torch
@@ -372,6 +373,32 @@ def test_an_offloaded_base_is_refused(base):
     model = accelerate.cpu_offload(copy.deepcopy(base), execution_device=torch.device("cpu"))
     with pytest.raises(molora.UserError, match="offloaded"):
         molora.inject(model, PLACEMENTS["recipe"])
+
+
+def test_a_base_on_several_devices_is_refused(base):
+    model = copy.deepcopy(base)
+    model.model.layers[1].to("meta")
+    with pytest.raises(molora.UserError, match=r"several devices \(cpu, meta"):
+        molora.inject(model, PLACEMENTS["recipe"])
+
+
+def test_a_base_parameter_that_is_replaced_is_not_held(base):
+    """Sharding puts others in their places; whole ones would fill the memory that it is to spare."""
+    model = copy.deepcopy(base)
+    weights = [weakref.ref(p) for p in model.parameters()]
+    molora.inject(model, PLACEMENTS["recipe"])
+    replaced = 0
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if any(p is weak() for weak in weights):
+                setattr(module, name, nn.Parameter(p.detach().clone(), requires_grad=False))
+                replaced += 1
+        p = None
+    model.tie_weights()
+    assert replaced >= len(weights)
+    assert [weak for weak in weights if weak() is not None] == []
+    molora.remove(model)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_threads_do_not_take_what_waits_for_another(base, monkeypatch):

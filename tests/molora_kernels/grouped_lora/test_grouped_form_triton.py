@@ -233,3 +233,16 @@ def test_cuda_graph_capture() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(expected[name], captured[name]) for name in expected)
+
+
+def test_gradients_of_gates_lie_in_memory_as_the_operator_says(device: torch.device) -> None:
+    """Contiguous, however the gates lie: ``torch.compile`` goes by it."""
+    gates = lora_inputs(LoraCase(T=20, K=16, N=(9, 12), E=4, r=4, H=2), torch.float16, device).gates
+    assert gates is not None
+    gates = gates.transpose(0, 1).contiguous().transpose(0, 1)
+    sets = grouped.sets_of_all(gates, 2, torch.float16)
+    columns = torch.randn(20, 2 * 2 * 4, device=device).half()  # of two projections, two experts each
+    *_, dgates = grouped.gate_backward(
+        columns, columns, gates, sets, 2, 1.0, need_ds=False, need_gated=False, need_dgates=True
+    )
+    assert dgates.is_contiguous() and not gates.is_contiguous()

@@ -212,6 +212,7 @@ def test_only_what_is_trained_is_computed(
         ({"dropout_p": 1.0}, "dropout_p=1.0"),
         ({"dropout_p": 0.1}, "needs dropout_seed"),
         ({"dropout_p": 0.1, "dropout_seed": 7}, "needs dropout_seed"),
+        ({"dropout_p": 0.1, "dropout_seed": torch.tensor(7, device="meta")}, "on meta; expected one device"),
     ],
     ids=str,
 )

@@ -198,6 +198,7 @@ def test_bad_input_teaches() -> None:
             mlp_block(i.x, *projections, routers, scaling=1.0, **settings)
 
     run("down has weight", gate, up, gate)
+    run("on meta; expected one device", gate, up, down, mask=torch.ones(i.x.shape[:-1], device="meta"))
     run("weight is torch.float16", gate._replace(weight=gate.weight.half()), up, down)
     run("requires grad", gate, up, down._replace(weight=down.weight.clone().requires_grad_()))
     run("2 routers", gate, up, down, routers=routers[:2])

@@ -140,6 +140,10 @@ BAD = {
     "bias": (dict(bias=torch.zeros(4)), "bias is"),
     "selection": (dict(selection_bias=torch.zeros(2, 4)), "selection_bias is"),
     "mask": (dict(mask=torch.ones(4)), "mask is"),
+    "device": (
+        dict(mask=torch.ones(3, device="meta")),
+        "x is on cpu and another tensor, .* on meta; expected one device",
+    ),
 }
 
 

@@ -235,3 +235,14 @@ def test_at_the_size_of_llama_3_2_3b(
     assert len(keep) == tokens and inputs.mask is not None
     of_tokens = {name: getattr(inputs, name)[keep] for name in ("x", "mask", "dgates")}
     check(replace(inputs, **of_tokens), 2)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(4, 2), (5, 1)])
+def test_an_expert_whose_scores_are_nan_is_chosen(experts: int, top_k: int, device: torch.device) -> None:
+    """As ``torch.topk`` does, so that a broken router shows; padding columns are never chosen in its place."""
+    inputs = router_inputs(20, 16, 1, experts, device=device)
+    inputs.weight[0, 2] = float("nan")
+    given = inputs.x, inputs.weight, inputs.bias, None, None, top_k
+    gates, _, sums, counts = forward.forward(*given)
+    for name, found, expected in zip(NAMES, (gates, sums, counts), reference.router(*given), strict=False):
+        torch.testing.assert_close(found, expected, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
