@@ -181,7 +181,7 @@ def test_a_tensor_that_does_not_move_is_told_once_a_phase(watched: Watched) -> N
 def test_what_is_not_finite_is_found_in_a_model_that_is_spread(watched: Watched) -> None:
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
-        distributed.shard(watched.model, distributed.World())
+        distributed.shard(watched.model, distributed.World(), torch.device("cpu"))
         name, parameter = watched.members()[5]
         assert guard.not_finite(watched.model) is None
         distributed.local(parameter.detach())[0] = float("nan")
