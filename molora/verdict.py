@@ -135,8 +135,8 @@ def _from_to(maths: Sequence[Runs], measure: Measure) -> str:
 
 
 def _percent(change: Difference) -> str:
-    low, high = change.interval_95
-    return f"{change.value:+.1%}, 95 % interval {low:+.1%} to {high:+.1%}"
+    shares = (round(share, 3) + 0.0 for share in (change.value, *change.interval_95))  # no -0.0%
+    return "{:+.1%}, 95 % interval {:+.1%} to {:+.1%}".format(*shares)
 
 
 def _points(change: Difference) -> str:

@@ -63,6 +63,11 @@ def test_a_change_that_is_not_sure_is_said_to_be_so() -> None:
     assert "reaches from kept to slightly declined" in found.sentences[-1]
 
 
+def test_nothing_has_no_sign() -> None:
+    found = judge([general(2.0), general(1.9999), general(1.9999)], [maths(1), maths(1), maths(50)])
+    assert "(loss +0.0%, 95 % interval +0.0% to +0.0% against base)" in found.sentences[0]
+
+
 def test_without_answers_maths_is_judged_by_its_loss() -> None:
     found = judge([general(2.0)] * 3, [general(2.0), general(2.0), general(1.0)])
     assert found.maths_after_stage2 == "acquired"
