@@ -39,11 +39,13 @@ def test_against_fp64(case: MlpCase, form: Form, dtype: torch.dtype, device: tor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "dtype"), [*(("dense", d) for d in DTYPES), *GROUPED], ids=str)
+@pytest.mark.parametrize(("form", "dtype"), [*(("dense", d) for d in DTYPES), GROUPED[0]], ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_several_tiles_in_every_dimension(form: Form, dtype: torch.dtype, device: torch.device) -> None:
     """So that loops have more than one step, and programs neighbours to race with, in tokens, features and ranks."""
     case = MlpCase(T=290, K=270, inner=290, E=4, r=40, H=3, bias=True, p=0.05)
+    if dtype == torch.float32:  # whose tiles are a quarter
+        case = replace(case, T=140, K=140, inner=150, r=20)
     check(mlp_inputs(case, dtype, device), case, "triton", form)
 
 
