@@ -18,9 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests import fake_hub
 
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # read once, before a test may ask for training.deterministic
+# cuBLAS reads it once, and a test may ask for training.deterministic later.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # How often property tests try; `pytest --hypothesis-profile=thorough` once before a release.
 settings.register_profile("default", max_examples=150, deadline=None)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import molora
-from molora import adapter, checkpoint, config, data, generate, metrics, trainer
+from molora import adapter, checkpoint, config, data, decode, generate, metrics, trainer
 from molora.errors import UserError
 from molora.trainer import Trainer
 from tests.conftest import WORDS, make_rows, write_jsonl
@@ -100,7 +100,8 @@ def test_an_answer_token_by_token_is_the_one_from_its_definition(
     """With a cache few tokens are computed by :mod:`molora.decode`, without one the whole by the kernels."""
     trained = run(base, tmp_path, "one", device, "model.load_precision.mode=fp32") / checkpoint.FINAL
     model, tokenizer = molora.load(trained, device, "fp32")
-    prompts = [tokenizer(" ".join(WORDS[i : i + 70 - i]))["input_ids"] for i in range(rows)]
+    prompts = [tokenizer(" ".join((WORDS * 5)[i : i + 70 + i]))["input_ids"] for i in range(rows)]
+    assert all(len(prompt) > decode.MOST_TOKENS for prompt in prompts)
     answers = generate.generate_tokens(model, tokenizer, prompts, max_new_tokens=8, batch_size=rows)
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = list(prompt)
