@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from molora_kernels import product, workspace
-from molora_kernels.cpu import has_amx, prefers_onednn
+from molora_kernels.cpu import has_amx
 from molora_kernels.dropout import Dropout, survivor_scale
 from molora_kernels.one_pass import one_pass
 
@@ -179,7 +179,7 @@ def over_rows(rows_TF: Tensor, *columns_TC: Tensor) -> Tensor:
             part_CT.copy_(columns.T)
         return torch.mm(columns_CT, rows_TF, out=workspace.empty(rows_TF, sum(sizes), features))
     columns = columns_TC[0] if len(sizes) == 1 else torch.cat([rows_TF[:, :0], *columns_TC], dim=1)
-    if has_amx() or prefers_onednn():
+    if has_amx() or product.by_onednn(columns.T, rows_TF):
         return product.mm(columns.T, rows_TF)
     return torch.mm(rows_TF.T, columns, out=workspace.empty(rows_TF, features, sum(sizes))).T
 

@@ -217,7 +217,7 @@ def shrink(rows_VF: Tensor, adapter_RF: Tensor, order: Order, out: Tensor | None
     with workspace.scope():
         adapters = of_experts(adapter_RF, order)
         for x, a, s in zip(_of_groups(rows_VF, order), adapters, _of_groups(s_VC, order), strict=True):
-            product.mm_into(s, x, a.T)
+            torch.mm(x, a.T, out=s)
     return s_VC
 
 
