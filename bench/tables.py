@@ -103,21 +103,45 @@ def speed(results: Results) -> str:
     return _table(["time over the frozen base, forward + backward", *found], rows)
 
 
-def speed_cpu(results: Results) -> str:
+ON_CPUS = {
+    "fp32": "mlp-cpu-fp32",
+    "bf16": "mlp-cpu-bf16",
+    "fp32, dropout 0.05": "mlp-cpu-fp32-dropout",
+    "training step, tiny Llama, fp32": "step-cpu-fp32",
+}
+AMX = "-amx"
+"""Ends the names of results of a CPU with matrix units."""
+
+
+def speed_cpu(kind: str = "") -> Callable[[Results], str]:
     """The block and the step over the frozen base on a CPU."""
-    columns = {
-        "fp32": "mlp-cpu-fp32",
-        "bf16": "mlp-cpu-bf16",
-        "fp32, dropout 0.05": "mlp-cpu-fp32-dropout",
-        "training step, tiny Llama, fp32": "step-cpu-fp32",
-    }
-    found = {head: results.get(name) for head, name in columns.items()}
-    rows = (
-        [_name(v), *(_cell(r, v, "ratio") for r in found.values()), _cell(found["fp32"], v, "saved_mib", "{:.0f} MiB")]
-        for v in _variants(found.values())
-    )
-    head = "time over the frozen base, forward + backward"
-    return _table([head, *found, "saved for backward, fp32"], rows)
+
+    def block(results: Results) -> str:
+        found = {head: results.get(name + kind) for head, name in ON_CPUS.items()}
+        rows = (
+            [
+                _name(v),
+                *(_cell(r, v, "ratio") for r in found.values()),
+                _cell(found["fp32"], v, "saved_mib", "{:.0f} MiB"),
+            ]
+            for v in _variants(found.values())
+        )
+        head = "time over the frozen base, forward + backward"
+        return _table([head, *found, "saved for backward, fp32"], rows)
+
+    return block
+
+
+def speed_amx(results: Results) -> str:
+    """The other CPU's numbers as one sentence, for a page whose table has one CPU's."""
+    parts = {"the block in fp32": "fp32", "in bf16": "bf16", "the step": "training step, tiny Llama, fp32"}
+    found = {what: results.get(ON_CPUS[head] + AMX) for what, head in parts.items()}
+    numbers = [
+        f"{what} {_cell(result, 'molora', 'ratio')} (PEFT r=64 {_cell(result, 'PEFT LoRA r=64', 'ratio')})"
+        for what, result in found.items()
+        if result
+    ]
+    return f"On an Intel Xeon with AMX: {', '.join(numbers)}.\n" if numbers else f"{NOT_MEASURED.capitalize()} yet.\n"
 
 
 def generation(device: str, dtype: str) -> Callable[[Results], str]:
@@ -348,6 +372,7 @@ def _spent(shares: Mapping[str, float]) -> str:
 
 _NAMES = (
     ("nvjet", "cuBLAS"),
+    ("mkldnn::", "oneDNN"),
     ("## Call CompiledFxGraph", "compiled passes"),
     ("GeneratedBackwardFor_molora|molora::", "molora's Python"),  # an operator's own time, without what it calls
 )
@@ -403,7 +428,9 @@ def plots(device: str) -> Callable[[Results], str]:
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "speed": speed,
-    "speed-cpu": speed_cpu,
+    "speed-cpu": speed_cpu(),
+    "speed-cpu-amx": speed_cpu(AMX),
+    "speed-amx": speed_amx,
     "speed-gpu": speed_gpu,
     "decode-cpu": generation("cpu", "bf16"),
     "decode-cpu-ratios": generation_ratios,

@@ -33,6 +33,8 @@ CPU_RIDGE = {False: {4: 56, 2: 80}, True: {4: 100, 2: 600}}
 compiles 16-bit products, in a millisecond, for each number of rows that it has not met lately."""
 CPU_ROWS = 256
 """Rows that a group has on average from which its products run at full speed; with fewer, more has to be spared."""
+CPU_FEATURES = 384
+"""Features of x from which products take so long that what each group costs besides does not show."""
 
 
 class use_form:
@@ -74,11 +76,12 @@ def form_for(x: Tensor, experts: int, top_k: int | None, rank: int) -> Resolved:
     if x.device.type == "cuda":
         properties = torch.cuda.get_device_properties(x.device)  # which, unlike the capability, torch.compile can trace
         capability = (properties.major, properties.minor)
-    return choose_form(x.shape[0], experts, top_k, rank, x.dtype, x.device.type, capability, amx)
+    return choose_form(*x.shape, experts, top_k, rank, x.dtype, x.device.type, capability, amx)
 
 
 def choose_form(
     tokens: int,
+    features: int,
     experts: int,
     top_k: int,
     rank: int,
@@ -87,14 +90,15 @@ def choose_form(
     capability: tuple[int, int] | None = None,
     amx: bool = False,
 ) -> Resolved:
-    """The faster form, forward and backward together. Both cost in proportion to the features, so these do not count.
+    """The faster form, forward and backward together, for ``features`` of x. Both cost in proportion to the features,
+    so these do not count, but for narrow rows on a CPU.
 
     CUDA, a model, right at 4 and 8 experts of rank 32 on an H200 and not measured beyond: dense computes
     ``6 (E - k) r`` FLOPs per token and feature too many, grouped moves about ``6 k`` elements of 16 bits per token and
     feature more. They are equal at ``(E - k) r = k * ridge``.
 
     CPU, measured (docs/adr/0004-dense-experts.md): the same balance, with rows moved once where tokens are
-    sorted by set and k times where by expert; short groups count as if they had more rows to move.
+    sorted by set and k times where by expert; short groups and narrow rows count as if there were more to move.
     """
     if top_k >= experts:
         return "dense"
@@ -106,6 +110,6 @@ def choose_form(
         by_set = order.sorted_by_set(experts, top_k)
         visits, groups = (1, math.comb(experts, top_k)) if by_set else (top_k, experts)
         ridge = CPU_RIDGE[amx][2 if dtype.itemsize == 2 else 4]
-        moved = max(tokens * visits, CPU_ROWS * groups)
+        moved = max(tokens * visits, CPU_ROWS * groups) * max(1.0, CPU_FEATURES / max(features, 1))
         return "grouped" if (experts - top_k) * rank * tokens > ridge * moved else "dense"
     return "dense"
