@@ -76,7 +76,8 @@ def form_for(x: Tensor, experts: int, top_k: int | None, rank: int) -> Resolved:
     if x.device.type == "cuda":
         properties = torch.cuda.get_device_properties(x.device)  # which, unlike the capability, torch.compile can trace
         capability = (properties.major, properties.minor)
-    return choose_form(*x.shape, experts, top_k, rank, x.dtype, x.device.type, capability, amx)
+    tokens, features = x.shape
+    return choose_form(tokens, features, experts, top_k, rank, x.dtype, x.device.type, capability, amx)
 
 
 def choose_form(
