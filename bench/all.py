@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 from bench.arguments import Mistake
 from bench.report import RESULTS
+from bench.tables import AMX
+from molora_kernels.cpu import has_amx
 
 WITHOUT_COMPILING = (
     "transformers LlamaMLP", "molora", "molora dense", "molora grouped", "naive loop", "loop with index_select",
@@ -24,26 +26,31 @@ longer than all the rest, it has a run of its own."""
 
 def commands(device: str) -> Iterator[tuple[str, list[str]]]:
     """(name of the result, arguments of ``python -m bench``)"""
-    if device == "cpu":
-        yield "mlp-cpu-fp32", ["mlp"]
-        # Until oneDNN has met most numbers of rows that an expert gets, as after some steps of training.
-        yield "mlp-cpu-bf16", ["mlp", "--dtype", "bf16", "--warmup", "20"]
-        yield "mlp-cpu-fp32-dropout", ["mlp", "--dropout", "0.05", "--only", *WITHOUT_COMPILING]
-        yield "step-cpu-fp32", ["step"]
-        yield "step-cpu-fp32-compile", ["step", "--compile", "--only", "molora"]
-        yield "host-sm90", ["host"]
-        yield "host-sm90-checkpointing", ["host", "--checkpointing", "non_reentrant"]
-        yield "decode-cpu-bf16", ["decode", "--model", "data/quickstart/model", "--batch", "1", "2", "4", "8", "32"]
-        for dtype in ("fp32", "bf16"):
-            yield f"op-cpu-{dtype}", ["op", "--dtype", dtype, "--rounds", "7"]
-            yield f"expand-cpu-{dtype}", ["expand", "--dtype", dtype]
-        for dtype in ("fp32", "bf16"):
-            yield f"sweep-cpu-{dtype}-tokens", ["sweep", "--over", "tokens", "--dtype", dtype, "--rounds", "5"]
-        for over in ("experts", "rank", "top_k", "layers"):
-            yield f"sweep-cpu-fp32-{over}", ["sweep", "--over", over, "--rounds", "5"]
-        for over in ("experts", "rank"):
-            yield f"sweep-cpu-bf16-{over}", ["sweep", "--over", over, "--dtype", "bf16", "--rounds", "5"]
-        return
+    return _on_cuda() if device == "cuda" else _on_a_cpu(AMX if has_amx() else "")
+
+
+def _on_a_cpu(kind: str) -> Iterator[tuple[str, list[str]]]:
+    yield f"mlp-cpu-fp32{kind}", ["mlp"]
+    # Until oneDNN has met most numbers of rows that an expert gets, as after some steps of training.
+    yield f"mlp-cpu-bf16{kind}", ["mlp", "--dtype", "bf16", "--warmup", "20"]
+    yield f"mlp-cpu-fp32-dropout{kind}", ["mlp", "--dropout", "0.05", "--only", *WITHOUT_COMPILING]
+    yield f"step-cpu-fp32{kind}", ["step"]
+    yield f"step-cpu-fp32-compile{kind}", ["step", "--compile", "--only", "molora"]
+    yield "host-sm90", ["host"]
+    yield "host-sm90-checkpointing", ["host", "--checkpointing", "non_reentrant"]
+    yield f"decode-cpu-bf16{kind}", ["decode", "--model", "data/quickstart/model", "--batch", "1", "2", "4", "8", "32"]
+    for dtype in ("fp32", "bf16"):
+        yield f"op-cpu-{dtype}{kind}", ["op", "--dtype", dtype, "--rounds", "7"]
+        yield f"expand-cpu-{dtype}{kind}", ["expand", "--dtype", dtype]
+    for dtype in ("fp32", "bf16"):
+        yield f"sweep-cpu-{dtype}-tokens{kind}", ["sweep", "--over", "tokens", "--dtype", dtype, "--rounds", "5"]
+    for over in ("experts", "rank", "top_k", "layers"):
+        yield f"sweep-cpu-fp32-{over}{kind}", ["sweep", "--over", over, "--rounds", "5"]
+    for over in ("experts", "rank"):
+        yield f"sweep-cpu-bf16-{over}{kind}", ["sweep", "--over", over, "--dtype", "bf16", "--rounds", "5"]
+
+
+def _on_cuda() -> Iterator[tuple[str, list[str]]]:
     block = ["--device", "cuda", "--dtype", "bf16", "--hidden", "3072", "--intermediate", "8192"]
     model = ["--device", "cuda", "--dtype", "bf16", "--model", "llama3.2-3b"]
     yield "mlp-cuda-bf16", ["mlp", *block, "--tokens", "8192", "--only", *WITHOUT_COMPILING]

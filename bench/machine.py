@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from bench.measure import MIB
-from molora_kernels import product, workspace
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,7 @@ class Roofline:
     gbyte_per_s: float
     """Of a copy, read and written bytes together."""
     gflop_per_s: float
-    """Of one large product of two matrices in the dtype that is measured, by the library that molora takes here."""
+    """Of one large product of two matrices in the dtype that is measured."""
 
     def ms(self, flops: float, bytes_: float) -> float:
         """Least time for so much arithmetic and traffic, if they overlap perfectly."""
@@ -35,8 +34,7 @@ def roofline(device: torch.device, dtype: torch.dtype, repeats: int) -> Roofline
         start = _now(device)
         target.copy_(source)
         middle = _now(device)
-        with workspace.scope():
-            product.mm(a, b)
+        torch.mm(a, b)
         if round_ >= 0:
             copying.append(middle - start)
             multiplying.append(_now(device) - middle)

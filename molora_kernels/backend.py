@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from molora_kernels.cpu import has_amx, prefers_onednn
+from molora_kernels.cpu import has_amx
 
 Backend = Literal["auto", "triton", "torch", "inductor", "reference"]
 Resolved = Literal["triton", "torch", "inductor", "reference"]
@@ -101,7 +101,7 @@ def decided_by(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found["capability"] = torch.cuda.get_device_capability(device)
     if device.type == "cpu":
-        found |= {"AMX": has_amx(), "fp32 by oneDNN": prefers_onednn()}
+        found["AMX"] = has_amx()
     return found | {"TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET")}
 
 

@@ -34,7 +34,8 @@ compiles 16-bit products, in a millisecond, for each number of rows that it has 
 CPU_ROWS = 256
 """Rows that a group has on average from which its products run at full speed; with fewer, more has to be spared."""
 CPU_FEATURES = 384
-"""Features of x from which products take so long that what each group costs besides does not show."""
+"""Features of x from which, without matrix units, a block's products take so long that what each group costs besides
+does not show."""
 
 
 class use_form:
@@ -92,7 +93,7 @@ def choose_form(
     amx: bool = False,
 ) -> Resolved:
     """The faster form, forward and backward together, for ``features`` of x. Both cost in proportion to the features,
-    so these do not count, but for narrow rows on a CPU.
+    so these do not count, but for narrow rows on a CPU without matrix units.
 
     CUDA, a model, right at 4 and 8 experts of rank 32 on an H200 and not measured beyond: dense computes
     ``6 (E - k) r`` FLOPs per token and feature too many, grouped moves about ``6 k`` elements of 16 bits per token and
@@ -111,6 +112,8 @@ def choose_form(
         by_set = order.sorted_by_set(experts, top_k)
         visits, groups = (1, math.comb(experts, top_k)) if by_set else (top_k, experts)
         ridge = CPU_RIDGE[amx][2 if dtype.itemsize == 2 else 4]
-        moved = max(tokens * visits, CPU_ROWS * groups) * max(1.0, CPU_FEATURES / max(features, 1))
+        moved = max(tokens * visits, CPU_ROWS * groups)
+        if not amx:
+            moved *= max(1.0, CPU_FEATURES / max(features, 1))
         return "grouped" if (experts - top_k) * rank * tokens > ridge * moved else "dense"
     return "dense"

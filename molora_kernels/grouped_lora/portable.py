@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from molora_kernels import product, workspace
+from molora_kernels import workspace
 from molora_kernels.cpu import has_amx
 from molora_kernels.dropout import Dropout, survivor_scale
 from molora_kernels.one_pass import one_pass
@@ -36,7 +36,7 @@ def forward(
 def shrink(x_TK: Tensor, lora_a_RK: list[Tensor], dropout: Dropout) -> Tensor:
     """The ungated shrink s (T, G * R), to be returned or saved."""
     a_RK = joined(lora_a_RK, x_TK.dtype, survivor_scale(dropout.p))
-    return product.mm(dropout.dropped(x_TK), a_RK.T, lasting=True)
+    return torch.mm(dropout.dropped(x_TK), a_RK.T, out=workspace.lasting(x_TK, len(x_TK), len(a_RK)))
 
 
 def expand(
@@ -54,11 +54,14 @@ def expand(
     outputs = []
     for g, b in enumerate(lora_b_NR):
         part, b_RN = _part(gated, g, groups), workspace.cast(b, dtype).T
+        y = workspace.lasting(x_TK, len(x_TK), len(b))
         if not weights_NK:
-            outputs.append(product.mm(part, b_RN, lasting=True))
+            torch.mm(part, b_RN, out=y)
+        elif not biases_N:
+            torch.mm(x_TK, weights_NK[g].T, out=y).addmm_(part, b_RN)
         else:
-            y = product.mm(x_TK, weights_NK[g].T, biases_N[g] if biases_N else None, lasting=True)
-            outputs.append(y.addmm_(part, b_RN))
+            torch.addmm(biases_N[g], x_TK, weights_NK[g].T, out=y).addmm_(part, b_RN)
+        outputs.append(y)
     return outputs
 
 
@@ -89,7 +92,7 @@ def backward(
     ds, db, dgates = to_shrink(dys_TN, lora_b_NR, gates_THE, s_TGR, scaling, need_dlora, need_dgates)
     dx, da = x_TK.new_empty(0), x_TK.new_empty(0)
     if need_dx:
-        dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, lasting=True)
+        dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, out=workspace.lasting(x_TK, *x_TK.shape))
     if need_dlora:
         da = lora_a_RK[0].new_empty(ds.shape[1], x_TK.shape[1])
         to_adapter(x_TK, ds, dropout, out=list(da.chunk(len(lora_a_RK))))
@@ -109,7 +112,7 @@ def to_shrink(
     dtype, groups = s_TGR.dtype, len(lora_b_NR)
     dgated = workspace.empty(s_TGR, *s_TGR.shape)
     for g, (dy, b) in enumerate(zip(dys_TN, lora_b_NR, strict=True)):
-        product.mm_into(_part(dgated, g, groups), dy, workspace.cast(b, dtype))
+        torch.mm(dy, workspace.cast(b, dtype), out=_part(dgated, g, groups))
     ds, gated, dgates = gate_backward(dgated, s_TGR, gates_THE, groups, scaling)
     db: list[Tensor] = []
     if need_dlora:
@@ -126,25 +129,23 @@ def to_input(
     lora_a_RK: list[Tensor],
     ds_TGR: Tensor,
     dropout: Dropout,
+    out: Tensor,
     dlogits_TE: Tensor | None = None,
     router_weights_EK: Tensor | None = None,
-    *,
-    lasting: bool = False,
 ) -> Tensor:
-    """dx (T, K): of the frozen weights, the experts and, if given, the routers."""
-    dtype = ds_TGR.dtype
+    """dx (T, K) in ``out``: of the frozen weights, the experts and, if given, the routers."""
     columns, rows = ds_TGR, lora_a_RK
     terms = list(zip(dys_TN, weights_NK, strict=True)) if weights_NK else []
     if dlogits_TE is not None and router_weights_EK is not None:
-        dlogits = dlogits_TE.to(dtype)
+        dlogits = dlogits_TE.to(out.dtype)
         if dropout.p:  # which drops what the experts give, not what the routers do
-            terms.append((dlogits, router_weights_EK.to(dtype)))
+            terms.append((dlogits, router_weights_EK.to(out.dtype)))
         else:
             columns, rows = torch.cat([ds_TGR, dlogits], dim=1), [*lora_a_RK, router_weights_EK]
-    dx = dropout.drop_(product.mm(columns, joined(rows, dtype, survivor_scale(dropout.p)), lasting=lasting))
+    dropout.drop_(torch.mm(columns, joined(rows, out.dtype, survivor_scale(dropout.p)), out=out))
     for dy, weight in terms:
-        dx = product.add_mm(dx, dy, weight)
-    return dx
+        out.addmm_(dy, weight)
+    return out
 
 
 def to_adapter(
@@ -179,8 +180,8 @@ def over_rows(rows_TF: Tensor, *columns_TC: Tensor) -> Tensor:
             part_CT.copy_(columns.T)
         return torch.mm(columns_CT, rows_TF, out=workspace.empty(rows_TF, sum(sizes), features))
     columns = columns_TC[0] if len(sizes) == 1 else torch.cat([rows_TF[:, :0], *columns_TC], dim=1)
-    if has_amx() or product.by_onednn(columns.T, rows_TF):
-        return product.mm(columns.T, rows_TF)
+    if has_amx():
+        return torch.mm(columns.T, rows_TF, out=workspace.empty(rows_TF, sum(sizes), features))
     return torch.mm(rows_TF.T, columns, out=workspace.empty(rows_TF, features, sum(sizes))).T
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from molora_kernels import product, workspace
+from molora_kernels import workspace
 from molora_kernels.dropout import Dropout, survivor_scale
 from molora_kernels.grouped_lora import portable
 from molora_kernels.grouped_lora.order import Order, order_of
@@ -40,14 +40,15 @@ def forward(
     for g, (order, s_VC) in enumerate(zip(orders, parts(s, orders), strict=True)):
         a_RK, b_RN = adapters(lora_a_RK[g], lora_b_NR[g], x_TK.dtype, dropout_p)
         weight, bias = weights_NK[g] if weights_NK else None, biases_N[g] if biases_N else None
+        y = workspace.lasting(x_TK, len(x_TK), b_RN.shape[1])
         with workspace.scope():
             x_VK = sorted_rows(x_TK, order)
+            y_VN = workspace.empty(x_TK, len(x_VK), b_RN.shape[1])
             if order.by_set:
-                y_VN = base(x_VK, weight, bias, b_RN.shape[1])
-                y = workspace.lasting(y_VN, *y_VN.shape)
+                base(x_VK, weight, bias, y_VN)
             else:
-                y_VN = workspace.empty(x_TK, len(x_VK), b_RN.shape[1]).zero_()
-                y = base(x_TK, weight, bias, b_RN.shape[1], lasting=True)
+                base(x_TK, weight, bias, y)
+                y_VN.zero_()
             shrink(dropout.drop_(x_VK, order.tokens), a_RK, order, out=s_VC)
             expand_(y_VN, gated(s_VC, order, scaling), b_RN, order)
             if order.by_set:
@@ -81,7 +82,7 @@ def backward(
     ds, db, dgates = to_shrink(dys_TN, lora_b_NR, gates_THE, s, scaling, need_dlora, need_dgates, orders=orders)
     dx, da = x_TK.new_empty(0), x_TK.new_empty(0)
     if need_dx:
-        dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, lasting=True, orders=orders)
+        dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, workspace.lasting(x_TK, *x_TK.shape), orders=orders)
     if need_dlora:
         da = lora_a_RK[0].new_empty(len(lora_a_RK) * len(lora_a_RK[0]), x_TK.shape[1])
         to_adapter(x_TK, ds, dropout, out=list(da.chunk(len(lora_a_RK))), orders=orders)
@@ -123,28 +124,27 @@ def to_input(
     lora_a_RK: list[Tensor],
     ds: Tensor,
     dropout: Dropout,
+    out: Tensor,
     dlogits_TE: Tensor | None = None,
     router_weights_EK: Tensor | None = None,
     *,
     orders: list[Order],
-    lasting: bool = False,
 ) -> Tensor:
-    """dx (T, K): of the frozen weights, the experts and, if given, the routers."""
-    tokens, features, dtype = len(dys_TN[0]), lora_a_RK[0].shape[1], ds.dtype
-    dx = (workspace.lasting if lasting else workspace.empty)(ds, tokens, features).zero_()
+    """dx (T, K) in ``out``: of the frozen weights, the experts and, if given, the routers."""
+    out.zero_()
     for g, (dy, a_RK, order, ds_VC) in enumerate(zip(dys_TN, lora_a_RK, orders, parts(ds, orders), strict=True)):
         with workspace.scope():
-            own_VK = workspace.empty(ds, len(ds_VC), features).zero_()
-            expand_(own_VK, ds_VC, portable.joined([a_RK], dtype, survivor_scale(dropout.p)), order)
+            own_VK = workspace.empty(out, len(ds_VC), out.shape[1]).zero_()
+            expand_(own_VK, ds_VC, portable.joined([a_RK], out.dtype, survivor_scale(dropout.p)), order)
             dropout.drop_(own_VK, order.tokens)
             if weights_NK and order.by_set:
-                own_VK = product.add_mm(own_VK, sorted_rows(dy, order), weights_NK[g])
+                own_VK.addmm_(sorted_rows(dy, order), weights_NK[g])
             elif weights_NK:
-                dx = product.add_mm(dx, dy, weights_NK[g])
-            add_back_(dx, own_VK, order)
+                out.addmm_(dy, weights_NK[g])
+            add_back_(out, own_VK, order)
     if dlogits_TE is not None and router_weights_EK is not None:
-        dx.addmm_(dlogits_TE.to(dtype), router_weights_EK.to(dtype))
-    return dx
+        out.addmm_(dlogits_TE.to(out.dtype), router_weights_EK.to(out.dtype))
+    return out
 
 
 def to_adapter(
@@ -203,11 +203,13 @@ def add_back_(rows_TF: Tensor, rows_VF: Tensor, order: Order) -> None:
         rows_TF.index_add_(0, tokens, own)
 
 
-def base(x: Tensor, weight_NK: Tensor | None, bias_N: Tensor | None, features: int, *, lasting: bool = False) -> Tensor:
-    """The frozen projection (T, features); zeros where somebody else computes it."""
+def base(x: Tensor, weight_NK: Tensor | None, bias_N: Tensor | None, out: Tensor) -> Tensor:
+    """The frozen projection; zeros where somebody else computes it."""
     if weight_NK is None:
-        return (workspace.lasting if lasting else workspace.empty)(x, len(x), features).zero_()
-    return product.mm(x, weight_NK.T, bias_N, lasting=lasting)
+        return out.zero_()
+    if bias_N is None:
+        return torch.mm(x, weight_NK.T, out=out)
+    return torch.addmm(bias_N, x, weight_NK.T, out=out)
 
 
 def shrink(rows_VF: Tensor, adapter_RF: Tensor, order: Order, out: Tensor | None = None) -> Tensor:

@@ -147,9 +147,9 @@ def backward(
     if need_dlogits and gates_down is not None and logits_down is not None:
         dsums_down = None if dsums is None else dsums[2:]
         dlogits = router.dlogits_of(dgates_down, dsums_down, logits_down, gates_down, mask_T, top_k)
-    h, dh_up = (workspace.empty(h_gate, *h_gate.shape) for _ in range(2))
+    h, dh, dh_up = (workspace.empty(h_gate, *h_gate.shape) for _ in range(3))
     routed_down = () if dlogits is None else (dlogits[:, 0], router_weights[2])
-    dh = lora.to_input([dy_TK], weights[2:], lora_a[2:], ds, dropout, *routed_down, **sorted_down)
+    lora.to_input([dy_TK], weights[2:], lora_a[2:], ds, dropout, dh, *routed_down, **sorted_down)
     _swiglu_backward_(dh, h_gate, h_up, h, dh_up)
     da_down, drouter_down = to_weights(h, ds, dropout, lora_a[2:], dlogits, sorted_down)
 
@@ -163,8 +163,9 @@ def backward(
         dlogits = router.dlogits_of(dgates_in, dsums_in, logits_in, gates_in, mask_T, top_k)
     dx = x_TK.new_empty(0)
     if need_dx:
+        dx = workspace.lasting(x_TK, *x_TK.shape)
         routed_in = () if dlogits is None else (dlogits.flatten(1), torch.cat(router_weights[:2]))
-        dx = lora.to_input(dh_in, weights[:2], lora_a[:2], ds, dropout, *routed_in, lasting=True, **sorted_in)
+        lora.to_input(dh_in, weights[:2], lora_a[:2], ds, dropout, dx, *routed_in, **sorted_in)
     da_in, drouter_in = to_weights(x_TK, ds, dropout, lora_a[:2], dlogits, sorted_in)
     dweights, dbiases = zip(*drouter_in, *drouter_down, strict=True) if need_drouter else ([], [])
     return dx, [*da_in, *da_down], [*db_in, *db_down], list(dweights), list(dbiases)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from molora_kernels import product, workspace
+from molora_kernels import workspace
 from molora_kernels.dropout import Dropout, survivor_scale
 from molora_kernels.grouped_lora import portable_grouped as lora
 from molora_kernels.grouped_lora.order import Order, order_of
@@ -45,10 +45,10 @@ def forward(
         selection = torch.stack(selection_biases[part]) if selection_biases else None
         return router.forward(x, torch.stack(router_weights[part]), bias, selection, mask_T, top_k)
 
-    def project(i: int, x: Tensor, dropout: Dropout, order: Order, s_TC: Tensor, lasting: bool = True) -> Tensor:
+    def project(i: int, x: Tensor, dropout: Dropout, order: Order, s_TC: Tensor, out: Tensor) -> Tensor:
         a_RK, b_RN = lora.adapters(lora_a[i], lora_b[i], x.dtype, dropout_p)
         rows = lora.sorted_rows(x, order)
-        y = product.mm(rows, weights[i].T, biases[i] if biases else None, lasting=lasting)
+        y = lora.base(rows, weights[i], biases[i] if biases else None, out)
         lora.shrink(dropout.drop_(rows, order.tokens), a_RK, order, out=s_TC)
         return lora.expand_(y, lora.gated(s_TC, order, scaling), b_RN, order)
 
@@ -57,8 +57,9 @@ def forward(
     s_in = workspace.lasting(x_TK, len(x_TK), 2 * _columns(lora_a[GATE], gate_order))
     s_gate, s_up = s_in.view(2, len(x_TK), -1)
     dropout = Dropout(dropout_seed, dropout_p, stream=0)
-    h_gate = project(GATE, x_TK, dropout, gate_order, s_gate)
-    h_up = project(UP, x_TK, dropout, up_order, s_up)
+    h_gate, h_up = (workspace.lasting(x_TK, len(x_TK), len(weights[i])) for i in (GATE, UP))
+    project(GATE, x_TK, dropout, gate_order, s_gate, h_gate)
+    project(UP, x_TK, dropout, up_order, s_up, h_up)
 
     h = workspace.empty(h_gate, *h_gate.shape)
     _swiglu(h, gate_order.positions(), up_order.positions(), h_gate, h_up)
@@ -69,7 +70,7 @@ def forward(
         down_order = order_of(gates_down[:, 0], top_k)
     s_down = h.new_empty(len(h), _columns(lora_a[DOWN], down_order))
     dropout = dropout._replace(stream=1)
-    y = project(DOWN, h, dropout, down_order, s_down, lasting=False)
+    y = project(DOWN, h, dropout, down_order, s_down, workspace.empty(h, len(h), len(weights[DOWN])))
     y = torch.index_select(y, 0, down_order.positions(), out=workspace.lasting(y, *y.shape))
     return y, sums, counts, [h_gate, h_up, s_in, s_down, gates_in, logits_in, gates_down, logits_down]
 
@@ -115,7 +116,7 @@ def backward(
 
     def to_input(i: int, dy_VN: Tensor, ds_VC: Tensor, dlogits_VE: Tensor | None, dropout: Dropout) -> Tensor:
         """Of the frozen weight, the experts and the router."""
-        dx = product.mm(dy_VN, weights[i])
+        dx = torch.mm(dy_VN, weights[i], out=workspace.empty(dy_VN, len(dy_VN), a_RK[i].shape[1]))
         if dlogits_VE is not None and not dropout.p:
             columns, routers = torch.cat([ds_VC, dlogits_VE.to(dtype)], dim=1), router_weights[i].to(dtype)
             return lora.expand_(dx, columns, a_RK[i], orders[i], routers)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from molora_kernels import backend, one_pass, product
+from molora_kernels import backend, one_pass
 
 
 @pytest.fixture(scope="session")
@@ -42,15 +42,6 @@ def every_pass_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(one_pass, "LEAST_ROWS", 1)
     with torch._dynamo.config.patch(recompile_limit=64):  # cases have more layouts than a run
         yield
-
-
-@pytest.fixture
-def every_product_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 products are oneDNN's on any CPU, small ones too."""
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("PyTorch was built without oneDNN here")
-    monkeypatch.setattr(product, "LEAST", 1)
-    monkeypatch.setattr(product, "prefers_onednn", lambda: True)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -49,12 +49,6 @@ def test_torch_backend_follows_the_reference(form: Form, case: LoraCase, dtype: 
     check(lora_inputs(case, dtype), "torch", form)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_products_by_onednn_follow_the_reference(form: Form, case: LoraCase, every_product_by_onednn: None) -> None:
-    check(lora_inputs(case), "torch", form)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_a_chosen_gate_may_underflow_to_zero(form: Form) -> None:
     inputs = lora_inputs(CASES[4])

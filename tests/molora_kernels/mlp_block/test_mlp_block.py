@@ -62,15 +62,6 @@ def test_compiled_passes_follow_the_reference(
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_products_by_onednn_follow_the_reference(form: Form, case: MlpCase, every_product_by_onednn: None) -> None:
-    i = mlp_inputs(case)
-    check(i, case, "torch", form)
-    once, again = (results(i, case, "torch", form) for _ in range(2))
-    assert all(torch.equal(once[name], again[name]) for name in once)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_routers_keep_their_precision_beside_adapters_of_16_bits(form: Form) -> None:
     i = mlp_inputs(CASES[6])
