@@ -2,8 +2,9 @@
 
 ``--model tiny`` has the shapes of the CPU goal, ``--model llama3.2-3b`` with ``--rows 10 --length 512`` and
 ``--rows 8 --length 1024`` those of the recipe's two stages. One micro-batch; all variants share the frozen weights, the
-loss and the optimizer, and send a gradient down to the embeddings. The check runs in fp32 on a few tokens and at most
-two layers of the model: there no rounding changes which experts are chosen. (``mlp`` checks the 16-bit kernels.)
+loss and the optimizer, and send a gradient down to the embeddings. The check runs in fp32 on at most two layers of the
+model and 512 tokens, from which passes are compiled on a CPU: there no rounding changes which experts are chosen.
+(``mlp`` checks the 16-bit kernels.)
 """
 
 from __future__ import annotations
@@ -249,7 +250,7 @@ def fault(name: str, shape: Shape) -> str | None:
     """What is wrong with a variant, or None. Raises :class:`peers.Absent` for one that cannot run here."""
     given = MODELS[shape.model]
     layers = min(2, shape.layers or given["num_hidden_layers"])
-    small = replace(shape, layers=layers, rows=2, length=32, dtype="fp32", dropout=0.0, checkpointing="none")
+    small = replace(shape, layers=layers, rows=2, length=256, dtype="fp32", dropout=0.0, checkpointing="none")
     base, batch = base_model(small, vocabulary=512), batch_of(small, vocabulary=512)
     plain = name.removesuffix(COMPILED)
     torch.manual_seed(shape.seed)
