@@ -79,8 +79,8 @@ ENTRIES: dict[str, Entry] = {
 # --- correctness -------------------------------------------------------------------------------------------------
 
 CHECKED_TOKENS = 2048
-"""At most; fp64 takes its time. With few tokens other code would be checked than what is timed: another form, and passes
-that are not compiled."""
+"""At most; fp64 takes its time. With few tokens other code would be checked than what is timed: another form, and
+passes that are not compiled."""
 UNDECIDED = 0.05
 """Tokens whose k-th and (k+1)-th logits are closer than this are left out of the check: the rounding of 16-bit
 activations may route them either way, and then two right answers differ by an expert."""
