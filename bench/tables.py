@@ -118,6 +118,8 @@ def speed_cpu(kind: str = "") -> Callable[[Results], str]:
 
     def block(results: Results) -> str:
         found = {head: results.get(name + kind) for head, name in ON_CPUS.items()}
+        if not any(found.values()):
+            return f"{NOT_MEASURED.capitalize()} yet.\n"
         rows = (
             [
                 _name(v),
