@@ -30,24 +30,25 @@ def commands(device: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _on_a_cpu(kind: str) -> Iterator[tuple[str, list[str]]]:
+    """``kind`` ends the names of what the pages show of two CPUs."""
     yield f"mlp-cpu-fp32{kind}", ["mlp"]
     # Until oneDNN has met most numbers of rows that an expert gets, as after some steps of training.
     yield f"mlp-cpu-bf16{kind}", ["mlp", "--dtype", "bf16", "--warmup", "20"]
     yield f"mlp-cpu-fp32-dropout{kind}", ["mlp", "--dropout", "0.05", "--only", *WITHOUT_COMPILING]
     yield f"step-cpu-fp32{kind}", ["step"]
-    yield f"step-cpu-fp32-compile{kind}", ["step", "--compile", "--only", "molora"]
+    yield "step-cpu-fp32-compile", ["step", "--compile", "--only", "molora"]
     yield "host-sm90", ["host"]
     yield "host-sm90-checkpointing", ["host", "--checkpointing", "non_reentrant"]
-    yield f"decode-cpu-bf16{kind}", ["decode", "--model", "data/quickstart/model", "--batch", "1", "2", "4", "8", "32"]
+    yield "decode-cpu-bf16", ["decode", "--model", "data/quickstart/model", "--batch", "1", "2", "4", "8", "32"]
     for dtype in ("fp32", "bf16"):
-        yield f"op-cpu-{dtype}{kind}", ["op", "--dtype", dtype, "--rounds", "7"]
-        yield f"expand-cpu-{dtype}{kind}", ["expand", "--dtype", dtype]
+        yield f"op-cpu-{dtype}", ["op", "--dtype", dtype, "--rounds", "7"]
+        yield f"expand-cpu-{dtype}", ["expand", "--dtype", dtype]
     for dtype in ("fp32", "bf16"):
-        yield f"sweep-cpu-{dtype}-tokens{kind}", ["sweep", "--over", "tokens", "--dtype", dtype, "--rounds", "5"]
+        yield f"sweep-cpu-{dtype}-tokens", ["sweep", "--over", "tokens", "--dtype", dtype, "--rounds", "5"]
     for over in ("experts", "rank", "top_k", "layers"):
-        yield f"sweep-cpu-fp32-{over}{kind}", ["sweep", "--over", over, "--rounds", "5"]
+        yield f"sweep-cpu-fp32-{over}", ["sweep", "--over", over, "--rounds", "5"]
     for over in ("experts", "rank"):
-        yield f"sweep-cpu-bf16-{over}{kind}", ["sweep", "--over", over, "--dtype", "bf16", "--rounds", "5"]
+        yield f"sweep-cpu-bf16-{over}", ["sweep", "--over", over, "--dtype", "bf16", "--rounds", "5"]
 
 
 def _on_cuda() -> Iterator[tuple[str, list[str]]]:

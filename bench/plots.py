@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.tables import is_sweep
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -41,7 +39,7 @@ def draw(results: Mapping[str, Result], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for device in ("cpu", "cuda"):
-        sweeps = [result for name, result in results.items() if is_sweep(name, device)]
+        sweeps = [result for name, result in results.items() if name.startswith(f"sweep-{device}-")]
         for name, chosen in (
             ("tokens", [s for s in sweeps if s["over"] == "tokens"]),
             ("sweeps", [s for s in sweeps if s["over"] != "tokens"]),

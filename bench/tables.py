@@ -110,7 +110,7 @@ ON_CPUS = {
     "training step, tiny Llama, fp32": "step-cpu-fp32",
 }
 AMX = "-amx"
-"""Ends the names of results of a CPU with matrix units. Of these the pages show the block and the step."""
+"""Ends the names of the block's and the step's results on a CPU with matrix units, which are shown beside another's."""
 
 
 def speed_cpu(kind: str = "") -> Callable[[Results], str]:
@@ -187,10 +187,6 @@ def generation_ratios(results: Results) -> str:
 def _extent(numbers: list[Any], form: str) -> str:
     """From the smallest to the largest."""
     return " to ".join(dict.fromkeys(f"{number:{form}}" for number in (min(numbers), max(numbers))))
-
-
-def is_sweep(name: str, device: str) -> bool:
-    return name.startswith(f"sweep-{device}-") and not name.endswith(AMX)
 
 
 def compiled_step(results: Results) -> str:
@@ -389,7 +385,7 @@ def dispatch(device: str) -> Callable[[Results], str]:
 
     def block(results: Results) -> str:
         rows = []
-        for result in (r for name, r in results.items() if is_sweep(name, device)):
+        for result in (r for name, r in results.items() if name.startswith(f"sweep-{device}-")):
             if result["over"] == "layers":
                 continue
             for run in result["runs"]:
@@ -422,9 +418,9 @@ def plots(device: str) -> Callable[[Results], str]:
 
     def block(results: Results) -> str:
         lines = []
-        if any(is_sweep(name, device) and name.endswith("-tokens") for name in results):
+        if any(name.startswith(f"sweep-{device}-") and name.endswith("-tokens") for name in results):
             lines.append(f"![Percent over the frozen base against tokens, {device}](bench/{device}-tokens.png)\n")
-        if any(is_sweep(name, device) and not name.endswith("-tokens") for name in results):
+        if any(name.startswith(f"sweep-{device}-") and not name.endswith("-tokens") for name in results):
             lines.append(f"![Cost as work grows, {device}](bench/{device}-sweeps.png)\n")
         return "\n".join(lines) or f"{NOT_MEASURED.capitalize()} yet.\n"
 
