@@ -18,8 +18,9 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from molora_kernels import backend
 
-LEAST_ROWS = 512
-"""From so many rows on a compiled pass is run: with fewer, the call itself costs more than the passes it spares."""
+LEAST_ELEMENTS = 1 << 18
+"""Of a matrix from which a compiled pass is run: on a smaller one, the call itself costs more than the passes that it
+spares (docs/log.md)."""
 
 _ELEMENTS = 64 * 2816
 """Of a matrix, at a time, where a pass is not compiled: what it reads and writes stays in a core's cache."""
@@ -27,7 +28,9 @@ _ELEMENTS = 64 * 2816
 
 def compiled(rows: Tensor) -> bool:
     """Whether a pass over these rows is compiled under the present choice of backend."""
-    if len(rows) < LEAST_ROWS or torch.is_inference_mode_enabled():  # whose tensors would want loops of their own
+    if (
+        rows.numel() < LEAST_ELEMENTS or torch.is_inference_mode_enabled()
+    ):  # whose tensors would want loops of their own
         return False
     if torch.jit.is_tracing() or is_fx_symbolic_tracing():  # torch.compile refuses to be traced
         return False

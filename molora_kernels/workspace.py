@@ -9,6 +9,7 @@ stays; and the memory of what is returned or saved is used again when nobody hol
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import weakref
 from collections import deque
@@ -24,9 +25,26 @@ _ALIGNMENT = 64
 class _Workspace(threading.local):
     """A stack of matrices; one for each thread, since backward may run in another."""
 
-    memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-    used = 0
-    wanted = 0
+    def __init__(self) -> None:
+        self.take(0)
+        self.used = 0
+
+    def take(self, size: int) -> None:
+        with torch.inference_mode(False):  # or ordinary calls could not write to it
+            self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        self.wanted = size
+        self.of_dtype: dict[torch.dtype, Tensor] = {}
+
+    def view(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """From this byte on. One operation: of a small matrix, what is done to it costs no more than a view of it."""
+        if dtype not in self.of_dtype:
+            with torch.inference_mode(False):
+                self.of_dtype[dtype] = self.memory.view(dtype)
+        return self.of_dtype[dtype].as_strided(shape, _strides(shape), start // dtype.itemsize)
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 _own = _Workspace()
@@ -41,8 +59,7 @@ def scope() -> Iterator[None]:
     finally:
         _own.used = start
         if start == 0 and _own.wanted > len(_own.memory):
-            with torch.inference_mode(False):  # or ordinary calls could not write to it
-                _own.memory = torch.empty(_own.wanted, dtype=torch.uint8, device="cpu")
+            _own.take(_own.wanted)
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -51,13 +68,13 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     dtype = dtype or like.dtype
     if like.device.type != "cpu":  # CUDA's allocator keeps memory by itself
         return like.new_empty(shape, dtype=dtype)
-    start, size = _own.used, torch.Size(shape).numel() * dtype.itemsize
+    start, size = _own.used, math.prod(shape) * dtype.itemsize
     _own.used += -(-size // _ALIGNMENT) * _ALIGNMENT
     _own.wanted = max(_own.wanted, _own.used)
     if _own.used > len(_own.memory):
         # This once: there will be room when all that is in use has been given back.
         return like.new_empty(shape, dtype=dtype)
-    return _own.memory[start : start + size].view(dtype).view(shape)
+    return _own.view(start, shape, dtype)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,7 +85,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def lasting(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """As :func:`empty`, to be returned or saved: its memory comes back when nobody holds the tensor or a view of it."""
     dtype = dtype or like.dtype
-    size = torch.Size(shape).numel() * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     if like.device.type != "cpu" or size < _LARGE:
         return like.new_empty(shape, dtype=dtype)
     memory = _kept.take(size)
@@ -127,4 +144,4 @@ _kept = _Kept()
 def release() -> None:
     """Give memory back to the system: this thread's, and all that is free. The next call takes it anew."""
     _kept.clear()
-    _own.memory, _own.wanted = torch.empty(0, dtype=torch.uint8, device="cpu"), 0
+    _own.take(0)

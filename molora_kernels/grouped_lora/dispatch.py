@@ -27,15 +27,15 @@ RIDGE = {80: 156, 86: 76, 89: 164, 90: 295, 100: 281, 120: 117}
 4090, H100, B200, 5090)."""
 
 
-CPU_RIDGE = {False: {4: 56, 2: 80}, True: {4: 100, 2: 600}}
+CPU_RIDGE = {False: {4: 56, 2: 100}, True: {4: 100, 2: 600}}
 """Rank left out per visit of a row from which moving the row pays, measured on a CPU without and with matrix units
 (AMX), for elements of 4 and of 2 bytes. The faster the products, the more must be spared; and for matrix units oneDNN
 compiles 16-bit products, in a millisecond, for each number of rows that it has not met lately."""
 CPU_ROWS = 256
 """Rows that a group has on average from which its products run at full speed; with fewer, more has to be spared."""
-CPU_FEATURES = 384
-"""Features of x from which, without matrix units, a block's products take so long that what each group costs besides
-does not show."""
+CPU_FEATURES = {4: 256, 2: 512}
+"""Features of x, of elements of 4 and of 2 bytes, from which, without matrix units, a block's products take so long that
+what each group costs besides does not show."""
 
 
 class use_form:
@@ -111,9 +111,9 @@ def choose_form(
     if device_type == "cpu":
         by_set = order.sorted_by_set(experts, top_k)
         visits, groups = (1, math.comb(experts, top_k)) if by_set else (top_k, experts)
-        ridge = CPU_RIDGE[amx][2 if dtype.itemsize == 2 else 4]
+        size = 2 if dtype.itemsize == 2 else 4
         moved = max(tokens * visits, CPU_ROWS * groups)
         if not amx:
-            moved *= max(1.0, CPU_FEATURES / max(features, 1))
-        return "grouped" if (experts - top_k) * rank * tokens > ridge * moved else "dense"
+            moved *= max(1.0, CPU_FEATURES[size] / max(features, 1))
+        return "grouped" if (experts - top_k) * rank * tokens > CPU_RIDGE[amx][size] * moved else "dense"
     return "dense"

@@ -24,8 +24,8 @@ class Order(NamedTuple):
     """(V, M)"""
     sizes: list[int]
     """Visits of each group; none is empty."""
-    groups: Tensor
-    """(G, M): the experts of each group."""
+    groups: list[list[int]]
+    """The M experts of each group, ascending."""
     total: int
     """Experts that there are."""
     by_set: bool
@@ -45,27 +45,37 @@ def order_of(gates_TE: Tensor, top_k: int) -> Order:
     """Chosen are the ``top_k`` gates of largest magnitude, ties to the lower index: a chosen gate may have underflowed
     to zero, and then another zero may take its place."""
     experts, by_set = gates_TE.shape[1], sorted_by_set(gates_TE.shape[1], top_k)
-    chosen_TE, bits = _chosen(gates_TE, top_k), torch.arange(experts, device=gates_TE.device)
+    used_TE = gates_TE != 0
     if by_set:
-        keys = chosen_TE.float().mv(2 ** bits.float()).sort(stable=True)  # a bit for each expert
-        tokens_V = keys.indices
+        tokens_V, sizes, groups = _by_set(used_TE)
+        if any(len(group) != top_k for group in groups):
+            tokens_V, sizes, groups = _by_set(_largest(gates_TE, top_k))
     else:
-        visits = chosen_TE.nonzero()
-        keys = visits[:, 1].sort(stable=True)
-        tokens_V = visits[:, 0].index_select(0, keys.indices)
-    found, sizes = torch.unique_consecutive(keys.values, return_counts=True)
-    groups = found.long()[:, None]
-    if by_set:
-        groups = (groups >> bits & 1).nonzero()[:, 1].view(-1, top_k)
-    experts_VM = groups.repeat_interleave(sizes, dim=0, output_size=len(tokens_V))
+        enough = bool((used_TE.sum(1) == top_k).all())
+        tokens_V, sizes, groups = _by_expert(used_TE if enough else _largest(gates_TE, top_k))
+    groups_GM = torch.tensor(groups, dtype=torch.int64, device=gates_TE.device).view(-1, top_k if by_set else 1)
+    experts_VM = groups_GM.repeat_interleave(sizes, dim=0, output_size=len(tokens_V))
     gates_VM = gates_TE.index_select(0, tokens_V).gather(1, experts_VM)
     return Order(tokens_V, experts_VM, gates_VM, sizes.tolist(), groups, experts, by_set)
 
 
-def _chosen(gates_TE: Tensor, top_k: int) -> Tensor:
+def _by_set(chosen_TE: Tensor) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """Tokens by their set of experts, the sizes of the groups and the experts of each."""
+    experts = range(chosen_TE.shape[1])
+    bits = torch.tensor([2**e for e in experts], dtype=torch.float32, device=chosen_TE.device)
+    keys = chosen_TE.float().mv(bits).sort(stable=True)
+    sets, sizes = torch.unique_consecutive(keys.values, return_counts=True)
+    return keys.indices, sizes, [[e for e in experts if int(chosen) >> e & 1] for chosen in sets.tolist()]
+
+
+def _by_expert(chosen_TE: Tensor) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """The same, each token once with each of its experts."""
+    visits = chosen_TE.T.nonzero()  # in the order of the experts, and of the tokens of each
+    experts, sizes = torch.unique_consecutive(visits[:, 0], return_counts=True)
+    return visits[:, 1].contiguous(), sizes, [[expert] for expert in experts.tolist()]
+
+
+def _largest(gates_TE: Tensor, top_k: int) -> Tensor:
     """(T, E) bool, true ``top_k`` times for each token."""
-    used = gates_TE != 0
-    if bool((used.sum(1) == top_k).all()):
-        return used
     best = gates_TE.abs().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    return torch.zeros_like(used).scatter_(1, best, True)
+    return torch.zeros_like(gates_TE, dtype=torch.bool).scatter_(1, best, True)

@@ -6,6 +6,8 @@ projections that read the same input are one shrink of G * R columns. Shape lett
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -185,19 +187,36 @@ def over_rows(rows_TF: Tensor, *columns_TC: Tensor) -> Tensor:
     return torch.mm(rows_TF.T, columns, out=workspace.empty(rows_TF, features, sum(sizes))).T
 
 
+def over_groups(rows_VF: Tensor, columns_VC: Tensor, sizes: list[int]) -> Iterator[Tensor]:
+    """What :func:`over_rows` gives for each group of so many rows, one after another in the same memory."""
+    of_group = columns_VC.split(sizes)
+    if has_amx():
+        for rows, columns in zip(rows_VF.split(sizes), of_group, strict=True):
+            with workspace.scope():
+                yield over_rows(rows, columns)
+    else:
+        room_FC = workspace.empty(rows_VF, rows_VF.shape[1], columns_VC.shape[1])
+        products_CF = room_FC.T
+        for rows, columns in zip(rows_VF.T.split(sizes, dim=1), of_group, strict=True):
+            torch.mm(rows, columns, out=room_FC)
+            yield products_CF
+
+
+def zeros_over_rows(rows_TF: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """(C, F), laid out as what :func:`over_rows` gives, to add that to."""
+    shape = columns, rows_TF.shape[1]
+    return rows_TF.new_zeros(shape, dtype=dtype) if has_amx() else rows_TF.new_zeros(shape[::-1], dtype=dtype).T
+
+
 def gate(s_TGR: Tensor, gates_THE: Tensor | None, groups: int, scaling: float) -> Tensor:
     """``scaling * gate * s``, multiplied in the gates' precision and rounded once; in the workspace if there are
     gates."""
     if gates_THE is None:
         return s_TGR * scaling
     c_TE, gated = _coefficients(gates_THE, groups, scaling), workspace.empty(s_TGR, *s_TGR.shape)
-    _gate(*_by_expert(c_TE, s_TGR, gated), c_TE[:, :, None])
+    s, out = _by_expert(c_TE, s_TGR, gated)
+    torch.mul(s, c_TE[:, :, None], out=out)
     return gated
-
-
-@one_pass(rows=3)
-def _gate(s: Tensor, gated: Tensor, c: Tensor) -> None:
-    gated.copy_(s * c)
 
 
 def gate_backward(

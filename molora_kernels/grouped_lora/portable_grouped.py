@@ -15,7 +15,6 @@ from molora_kernels import workspace
 from molora_kernels.dropout import Dropout, survivor_scale
 from molora_kernels.grouped_lora import portable
 from molora_kernels.grouped_lora.order import Order, order_of
-from molora_kernels.one_pass import one_pass
 
 
 @workspace.scope()
@@ -183,13 +182,8 @@ def parts(s: Tensor, orders: list[Order]) -> list[Tensor]:
 def adapters(lora_a_RK: Tensor, lora_b_NR: Tensor, dtype: torch.dtype, dropout_p: float) -> tuple[Tensor, Tensor]:
     """A with the scale of dropout's survivors, and B transposed, in the dtype of the products."""
     b_RN = workspace.empty(lora_b_NR, *lora_b_NR.T.shape, dtype=dtype)
-    _transpose(lora_b_NR, b_RN.T)
+    b_RN.T.copy_(lora_b_NR)
     return portable.joined([lora_a_RK], dtype, survivor_scale(dropout_p)), b_RN
-
-
-@one_pass(rows=2)
-def _transpose(b: Tensor, out: Tensor) -> None:
-    out.copy_(b)
 
 
 def sorted_rows(x_TF: Tensor, order: Order) -> Tensor:
@@ -214,7 +208,7 @@ def base(x: Tensor, weight_NK: Tensor | None, bias_N: Tensor | None, out: Tensor
 
 def shrink(rows_VF: Tensor, adapter_RF: Tensor, order: Order, out: Tensor | None = None) -> Tensor:
     """(V, C): each row times those rows of the adapter that are its experts'."""
-    columns = order.groups.shape[1] * len(adapter_RF) // order.total
+    columns = order.experts.shape[1] * len(adapter_RF) // order.total
     s_VC = rows_VF.new_empty(len(rows_VF), columns) if out is None else out
     with workspace.scope():
         adapters = of_experts(adapter_RF, order)
@@ -239,30 +233,37 @@ def adapter_grad(
     rows_VF: Tensor, columns_VC: Tensor, order: Order, dtype: torch.dtype, everyone: int = 0
 ) -> tuple[Tensor, Tensor]:
     """``columns^T rows`` of each group: (R, F), added to the rows of its experts, and (E, F), the sum over all groups
-    of what the last columns give, that are ``everyone``'s, in fp32 at least."""
-    features, experts = rows_VF.shape[1], order.groups.shape[1]
-    own = columns_VC.shape[1] - everyone
-    grad_ErF = rows_VF.new_zeros(order.total, own // experts, features, dtype=dtype)
-    grad_EF = rows_VF.new_zeros(everyone, features, dtype=torch.promote_types(torch.float32, rows_VF.dtype))
-    for x, s, chosen in zip(_of_groups(rows_VF, order), _of_groups(columns_VC, order), order.groups, strict=True):
-        with workspace.scope():
-            grad = portable.over_rows(x, s)
-            grad_ErF.index_add_(0, chosen, grad[:own].to(dtype).unflatten(0, (experts, -1)))
-            grad_EF += grad[own:]
-    return grad_ErF.flatten(0, 1), grad_EF
+    of what the last columns give, that are ``everyone``'s, in fp32 at least. Laid out as the products are."""
+    chosen = order.experts.shape[1]
+    rank = (columns_VC.shape[1] - everyone) // chosen
+    grad_RF = portable.zeros_over_rows(rows_VF, order.total * rank, dtype)
+    grad_EF = portable.zeros_over_rows(rows_VF, everyone, torch.promote_types(torch.float32, rows_VF.dtype))
+    of_expert, sizes = grad_RF.split(rank), [rank] * chosen + [everyone]
+    with workspace.scope():
+        products = portable.over_groups(rows_VF, columns_VC, order.sizes)
+        for experts, products_CF in zip(order.groups, products, strict=True):
+            *own, others = products_CF.split(sizes)
+            for expert, part in zip(experts, own, strict=True):
+                of_expert[expert].add_(part)
+            if everyone:
+                grad_EF.add_(others)
+    return grad_RF, grad_EF
 
 
-def of_experts(adapter_RF: Tensor, order: Order, everyone_EF: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Of each group, those rows of an adapter that are its experts', and those of ``everyone``: (C, F)."""
-    (groups, experts), features = order.groups.shape, adapter_RF.shape[1]
-    rank = len(adapter_RF) // order.total
-    table = adapter_RF if everyone_EF is None else torch.cat([adapter_RF, everyone_EF])
-    index = torch.arange(len(table), device=order.groups.device)
-    rows = (order.groups[:, :, None] * rank + index[:rank]).view(groups, experts * rank)
-    if everyone_EF is not None:
-        rows = torch.cat([rows, index[len(adapter_RF) :].expand(groups, -1)], dim=1)
-    room = workspace.empty(adapter_RF, rows.numel(), features)
-    return torch.index_select(table, 0, rows.flatten(), out=room).view(*rows.shape, features).unbind(0)
+def of_experts(adapter_RF: Tensor, order: Order, everyone_EF: Tensor | None = None) -> list[Tensor]:
+    """Of each group, those rows of an adapter that are its experts', and those of ``everyone``: (C, F). Of neighbours
+    they are a view."""
+    rank, everyone = len(adapter_RF) // order.total, [] if everyone_EF is None else [everyone_EF]
+    columns = rank * order.experts.shape[1] + sum(map(len, everyone))
+    of_expert, found = adapter_RF.split(rank), []
+    for experts in order.groups:
+        first, last = experts[0], experts[-1]
+        if not everyone and last - first + 1 == len(experts):
+            found.append(adapter_RF[first * rank : (last + 1) * rank])
+        else:
+            room = workspace.empty(adapter_RF, columns, adapter_RF.shape[1])
+            found.append(torch.cat([of_expert[expert] for expert in experts] + everyone, out=room))
+    return found
 
 
 def _of_groups(rows: Tensor, order: Order) -> tuple[Tensor, ...]:

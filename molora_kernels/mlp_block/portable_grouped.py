@@ -136,9 +136,9 @@ def backward(
         if need_dlora:
             dropout.drop_(x_VK, orders[i].tokens)
             own = ds_VC if columns is None else torch.cat([ds_VC, columns], dim=1)
-            da[i], products_CK = lora.adapter_grad(
-                x_VK, own, orders[i], lora_a[i].dtype, 0 if columns is None else columns.shape[1]
-            )
+            everyone = 0 if columns is None else columns.shape[1]
+            products_RK, products_CK = lora.adapter_grad(x_VK, own, orders[i], lora_a[i].dtype, everyone)
+            da[i] = products_RK.contiguous()
             if dropout.p:
                 da[i].mul_(survivor_scale(dropout.p))
             if columns is not None and dlogits is not None:
@@ -156,9 +156,9 @@ def backward(
         dlogits = dlogits[:, 0].index_select(0, orders[DOWN].tokens)
     dropout = Dropout(dropout_seed, dropout_p, stream=1)
     dh = to_input(DOWN, dy, ds, dlogits, dropout)
-    gate_rows, up_rows = (order.positions().index_select(0, orders[DOWN].tokens) for order in orders[:2])
+    positions = [order.positions() for order in orders[:2]]
     h, *dh_in = (workspace.empty(h_gate, *h_gate.shape) for _ in range(3))
-    _swiglu_backward(dh, gate_rows, up_rows, h, h_gate, h_up, *dh_in)
+    _swiglu_backward(dh, *(rows.index_select(0, orders[DOWN].tokens) for rows in positions), h, h_gate, h_up, *dh_in)
     to_weights(DOWN, h, ds, dlogits, dropout)
 
     (ds_gate, dgates_gate), (ds_up, dgates_up) = (to_shrink(i, dh_in[i]) for i in (GATE, UP))
@@ -180,7 +180,7 @@ def backward(
     dx = x_TK.new_empty(0)
     if need_dx:
         dx = workspace.lasting(x_TK, *x_TK.shape)
-        _add(dx, orders[GATE].positions(), orders[UP].positions(), *dx_in)
+        _add(dx, *positions, *dx_in)
     return dx, da, db, [weight for weight, _ in drouter], [bias for _, bias in drouter]
 
 

@@ -39,7 +39,7 @@ def every_pass_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The inductor backend compiles passes over few rows too."""
     if not backend.compiler_installed():
         pytest.skip("there is no C++ compiler here")
-    monkeypatch.setattr(one_pass, "LEAST_ROWS", 1)
+    monkeypatch.setattr(one_pass, "LEAST_ELEMENTS", 1)
     with torch._dynamo.config.patch(recompile_limit=64):  # cases have more layouts than a run
         yield
 

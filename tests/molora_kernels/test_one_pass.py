@@ -15,7 +15,7 @@ from torch import Tensor
 
 from molora_kernels import backend, use_backend
 from molora_kernels.cpu import has_amx
-from molora_kernels.one_pass import LEAST_ROWS, compiled, one_pass
+from molora_kernels.one_pass import LEAST_ELEMENTS, compiled, one_pass
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not backend.compiler_installed(), reason="there is no C++ compiler here")
@@ -31,8 +31,8 @@ def doubling() -> Any:
     return double
 
 
-def test_it_is_compiled_for_many_rows_on_a_cpu_with_a_compiler() -> None:
-    many, few = torch.zeros(LEAST_ROWS, 3), torch.zeros(LEAST_ROWS - 1, 3)
+def test_it_is_compiled_for_a_large_matrix_on_a_cpu_with_a_compiler() -> None:
+    many, few = torch.zeros(LEAST_ELEMENTS // 4, 4), torch.zeros(LEAST_ELEMENTS // 4 - 1, 4)
     with use_backend("inductor"):
         assert compiled(many) and not compiled(few)
         with torch.inference_mode():
@@ -43,7 +43,7 @@ def test_it_is_compiled_for_many_rows_on_a_cpu_with_a_compiler() -> None:
 
 @pytest.mark.parametrize("name", ["torch", "inductor"])
 def test_rows_at_a_time_or_all_at_once(name: Any) -> None:
-    x, out = torch.randn(LEAST_ROWS, 1000), torch.full((LEAST_ROWS, 1000), float("nan"))
+    x, out = torch.randn(512, LEAST_ELEMENTS // 512), torch.full((512, LEAST_ELEMENTS // 512), float("nan"))
     with use_backend(name):
         doubling()(x, out, 2.0)
     assert torch.equal(out, x * 2)
@@ -57,13 +57,13 @@ exit 1
 PROGRAM = """
 import sys, torch
 from molora_kernels import backend, use_backend
-from molora_kernels.one_pass import LEAST_ROWS, one_pass
+from molora_kernels.one_pass import LEAST_ELEMENTS, one_pass
 
 @one_pass(rows=2)
 def double(x, out, factor):
     out.copy_(x * factor)
 
-x = torch.randn(LEAST_ROWS, 7)
+x = torch.randn(LEAST_ELEMENTS // 4, 4)
 out = torch.empty_like(x)
 with use_backend(sys.argv[1]):
     for _ in range(2):
@@ -124,7 +124,7 @@ def test_torch_has_nothing_to_warn_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two names for the same question one is logged as unclear, once in each process that trains."""
     asked: list[str] = []
     monkeypatch.setattr(torch.fx._symbolic_trace, "is_fx_tracing_warning", lambda: asked.append("is_fx_tracing"))
-    compiled(torch.ones(LEAST_ROWS, 2))
+    compiled(torch.ones(LEAST_ELEMENTS // 4, 4))
     assert not asked
 
 
@@ -132,7 +132,7 @@ def test_more_variants_than_torch_compile_keeps_run_as_they_stand() -> None:
     double = doubling()
     with use_backend("inductor"), torch._dynamo.config.patch(recompile_limit=1):
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            x = torch.randn(LEAST_ROWS, 7).to(dtype)
+            x = torch.randn(LEAST_ELEMENTS // 4, 4).to(dtype)
             out = torch.empty_like(x)
             double(x, out, 2.0)
             assert torch.equal(out, x * 2)

@@ -35,7 +35,7 @@ def test_on_a_gpu_many_experts_are_grouped(experts: int, capability: tuple[int, 
         (2048, 4, 2, 16, "dense", "dense"),  # 1.02, 1.05
         (2048, 4, 2, 64, "grouped", "grouped"),  # 0.96, 0.93
         (2048, 8, 2, 16, "dense", "dense"),  # 1.01, 1.04
-        (2048, 8, 2, 32, "grouped", "grouped"),  # 0.90, 0.94
+        (2048, 8, 2, 32, "grouped", "dense"),  # 0.90, 1.02
         (2048, 16, 2, 16, "grouped", "grouped"),  # 0.84, 0.93
         (2048, 32, 2, 32, "grouped", "grouped"),  # 0.50
         (1024, 4, 2, 32, "dense", "dense"),  # 1.02
@@ -80,12 +80,16 @@ def test_the_faster_a_cpu_multiplies_the_more_must_be_spared(
 @pytest.mark.parametrize(
     ("features", "experts", "rank", "dtype", "form"),
     [  # measured at 2,048 tokens, top-2 and 2.75 times as many intermediate features
-        (256, 4, 32, torch.float32, "dense"),  # 1.00 alone, 1.06 in a training step
+        (128, 4, 32, torch.float32, "dense"),  # 1.17
+        (256, 4, 32, torch.float32, "grouped"),  # 0.91 and 0.93 alone, 0.98 in a training step
         (256, 4, 64, torch.float32, "grouped"),  # 0.95
         (256, 4, 128, torch.float32, "grouped"),  # 0.75
-        (256, 8, 32, torch.float32, "grouped"),  # 0.88
-        (256, 8, 32, torch.bfloat16, "dense"),  # 1.44
-        (384, 4, 32, torch.float32, "grouped"),  # 1.01
+        (256, 8, 32, torch.float32, "grouped"),  # 0.91
+        (256, 4, 64, torch.bfloat16, "dense"),  # 1.45
+        (256, 8, 32, torch.bfloat16, "dense"),  # 1.56
+        (384, 8, 32, torch.bfloat16, "dense"),  # 1.16
+        (512, 8, 32, torch.bfloat16, "dense"),  # 1.06
+        (1024, 4, 64, torch.bfloat16, "grouped"),  # 1.00
     ],
 )
 def test_what_a_group_costs_besides_shows_where_rows_are_narrow(
@@ -133,7 +137,7 @@ def test_groups_hold_each_token_with_the_experts_it_chose(experts: int, top_k: i
     for group, tokens, chosen_by_each in parts:
         seen[tokens] += 1
         assert torch.equal(tokens, tokens.sort().values)
-        assert (chosen_by_each == group).all() and torch.equal(group, group.sort().values)
+        assert (chosen_by_each == torch.tensor(group)).all() and group == sorted(group)
         for e in group:
             chosen[tokens, e] = True
     assert torch.equal(chosen, gates != 0) and (seen == visits).all()
@@ -144,9 +148,9 @@ def test_groups_hold_each_token_with_the_experts_it_chose(experts: int, top_k: i
 
 def test_zeros_are_chosen_by_index_where_too_few_gates_are_not_zero() -> None:
     ordered = order.order_of(torch.tensor([[0.0, 0.0, 1.0, 0.0]] * 3), 2)
-    assert ordered.groups.tolist() == [[0, 2]] and ordered.tokens.tolist() == [0, 1, 2]
+    assert ordered.groups == [[0, 2]] and ordered.tokens.tolist() == [0, 1, 2]
     nothing = order.order_of(torch.zeros(0, 4), 2)
-    assert nothing.sizes == [] and nothing.groups.shape == (0, 2)
+    assert nothing.sizes == [] and nothing.groups == [] and nothing.experts.shape == (0, 2)
 
 
 def test_without_tokens_there_is_nothing_to_sort() -> None:
