@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from molora_kernels import Projection, Router, mlp_block, use_backend, use_form
+from molora_kernels.grouped_lora import portable as grouped_lora_portable
 from molora_kernels.grouped_lora.dispatch import Form
 from molora_kernels.mlp_block import cost, op, portable
 
@@ -60,6 +61,17 @@ def test_compiled_passes_follow_the_reference(
     check(i, case, "inductor", form)
     once, again = (results(i, case, "inductor", form) for _ in range(2))
     assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES[2:7], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_products_laid_out_for_either_kind_of_cpu(
+    form: Form, case: MlpCase, dtype: torch.dtype, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouped_lora_portable, "has_amx", lambda: amx)
+    check(mlp_inputs(case, dtype), case, "torch", form)
 
 
 @pytest.mark.parametrize("form", FORMS)
