@@ -33,7 +33,7 @@ CPU_RIDGE = {False: {4: 56, 2: 100}, True: {4: 100, 2: 600}}
 compiles 16-bit products, in a millisecond, for each number of rows that it has not met lately."""
 CPU_ROWS = 256
 """Rows that a group has on average from which its products run at full speed; with fewer, more has to be spared."""
-CPU_FEATURES = {4: 256, 2: 512}
+CPU_FEATURES = {4: 384, 2: 512}
 """Features of x, of elements of 4 and of 2 bytes, from which, without matrix units, a block's products take so long
 that what each group costs besides does not show."""
 
