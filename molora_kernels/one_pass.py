@@ -28,9 +28,9 @@ _ELEMENTS = 64 * 2816
 
 def compiled(rows: Tensor) -> bool:
     """Whether a pass over these rows is compiled under the present choice of backend."""
-    if (
-        rows.numel() < LEAST_ELEMENTS or torch.is_inference_mode_enabled()
-    ):  # whose tensors would want loops of their own
+    if rows.numel() < LEAST_ELEMENTS:
+        return False
+    if torch.is_inference_mode_enabled():  # whose tensors would want loops of their own
         return False
     if torch.jit.is_tracing() or is_fx_symbolic_tracing():  # torch.compile refuses to be traced
         return False
