@@ -10,7 +10,7 @@ from torch import Tensor
 from molora_kernels import autocast
 from molora_kernels.backend import backend_for
 from molora_kernels.direct import Operator, is_plain
-from molora_kernels.grouped_lora import portable, portable_grouped
+from molora_kernels.grouped_lora import cpp, portable, portable_grouped
 
 
 def _grouped_lora_fwd(
@@ -33,6 +33,8 @@ def _grouped_lora_fwd(
         from molora_kernels.grouped_lora import forward, grouped
 
         return forward.forward(*args) if form == "dense" else grouped.forward(*args, top_k)
+    if (form == "grouped" or gates is None) and cpp.serves(x, gates):
+        return cpp.forward(*args, top_k)
     return portable.forward(*args) if form == "dense" else portable_grouped.forward(*args, top_k)
 
 
@@ -91,6 +93,8 @@ def _grouped_lora_bwd(
             if form == "dense":
                 return backward.backward(dys, *args, *needs)
             return grouped.backward(dys, *args, *needs, top_k)
+        if (form == "grouped" or gates is None) and cpp.serves(x, gates):
+            return cpp.backward(dys, *args, *needs, top_k)
         if form == "dense":
             return portable.backward(dys, *args, *needs)
         return portable_grouped.backward(dys, *args, *needs, top_k)

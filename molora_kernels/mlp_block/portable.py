@@ -7,6 +7,7 @@ pre-activations, the shrinks, gates and logits. That is less than autograd saves
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +16,7 @@ from torch.nn import functional as F
 
 from molora_kernels import workspace
 from molora_kernels.dropout import Dropout
-from molora_kernels.grouped_lora import portable, portable_grouped
-from molora_kernels.grouped_lora.order import sorted_by_set
-from molora_kernels.mlp_block import portable_grouped as by_set
+from molora_kernels.grouped_lora import cpp, portable, portable_grouped
 from molora_kernels.one_pass import one_pass
 from molora_kernels.router import portable as router
 
@@ -41,22 +40,18 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """y, or h in the dense form, for :func:`down`; sums, counts, and what backward needs: [h_gate, h_up, s_in, s_down,
     gates_in, logits_in, gates_down, logits_down], of which gates and logits are empty where there is no such router."""
-    if form == "grouped" and sorted_by_set(router_weights[0].shape[0], top_k):
-        return by_set.forward(
-            x_TK, weights, biases, lora_a, lora_b, router_weights, router_biases, selection_biases, mask_T,
-            dropout_seed, top_k, scaling, dropout_p,
-        )  # fmt: skip
-
     def route(x: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bias = torch.stack(router_biases[part]) if router_biases else None
         selection = torch.stack(selection_biases[part]) if selection_biases else None
         return router.forward(x, torch.stack(router_weights[part]), bias, selection, mask_T, top_k)
 
-    project = functools.partial(portable_grouped.forward, top_k=top_k) if form == "grouped" else portable.forward
     gates_in = logits_in = gates_down = logits_down = None
     sums, counts = no_routing(x_TK)
     if router_weights:
         gates_in, logits_in, sums, counts = route(x_TK, slice(0, 2))
+    project: Callable[..., tuple[list[Tensor], Tensor]] = portable.forward
+    if form == "grouped":
+        project = functools.partial(_grouped(x_TK, gates_in).forward, top_k=top_k)
     (h_gate, h_up), s_in = project(
         x_TK, weights[:2], biases[:2], lora_a[:2], lora_b[:2], gates_in, dropout_seed, scaling, dropout_p, 0
     )
@@ -112,19 +107,14 @@ def backward(
     form: str = "dense",
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """dx, da, db (3 each), drouter_weights and drouter_biases (one per router); what is not needed is empty."""
-    if form == "grouped" and sorted_by_set(router_weights[0].shape[0], top_k):
-        return by_set.backward(
-            dy_TK, dsums, x_TK, weights, lora_a, lora_b, router_weights, saved, mask_T, dropout_seed, top_k, scaling,
-            dropout_p, need_dx, need_dlora, need_drouter,
-        )  # fmt: skip
     h_gate, h_up, s_in, s_down, *routed = saved
     gates_in, logits_in, gates_down, logits_down = (None if t.numel() == 0 and t.ndim == 1 else t for t in routed)
     of_down = gates_in if gates_down is None else gates_down
     # Experts of gate and up train through down's router too, so frozen routers do not spare their logits' gradient.
     need_dlogits = bool(router_weights) and (need_dx or need_drouter or need_dlora)
-    needs, lora = (need_dlora, need_dlogits), portable_grouped if form == "grouped" else portable
+    needs, lora = (need_dlora, need_dlogits), _grouped(x_TK, gates_in) if form == "grouped" else portable
     sorted_in, sorted_down = (
-        {"orders": portable_grouped.orders_of(gates, projections, top_k)} if form == "grouped" else {}
+        {"orders": lora.orders_of(gates, projections, top_k)} if form == "grouped" else {}
         for gates, projections in ((gates_in, 2), (of_down, 1))
     )
 
@@ -169,6 +159,11 @@ def backward(
     da_in, drouter_in = to_weights(x_TK, ds, dropout, lora_a[:2], dlogits, sorted_in)
     dweights, dbiases = zip(*drouter_in, *drouter_down, strict=True) if need_drouter else ([], [])
     return dx, [*da_in, *da_down], [*db_in, *db_down], list(dweights), list(dbiases)
+
+
+def _grouped(x: Tensor, gates: Tensor | None) -> Any:
+    """The module that computes the grouped form of rows like x."""
+    return cpp if cpp.serves(x, gates) else portable_grouped
 
 
 @one_pass(rows=3)

@@ -87,13 +87,14 @@ def test_grouped_form_repeats_bit_for_bit(case: MlpCase) -> None:
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("H", [1, 3])
 @pytest.mark.parametrize(("form", "E"), [("dense", 4), ("grouped", 4), ("grouped", 8)])  # by set, and by expert
-def test_everything_is_made_on_the_device_of_the_input(form: str, E: int, H: int) -> None:
+def test_everything_is_made_on_the_device_of_the_input(form: str, E: int, H: int, backend: Backend) -> None:
     i = mlp_inputs(MlpCase(T=33, K=24, inner=40, E=E, r=2, H=H, top_k=2, bias=True))
     adapters = (i.lora_a, i.lora_b, i.router_weights)
     settings = (i.mask, torch.tensor(3), 2, 2.0, 0.1)
-    with torch.device("meta"):  # what names no device is made there, and cannot be computed with
+    with use_backend(backend), torch.device("meta"):  # what names no device is made there, and cannot be computed with
         y, *_, saved = portable.forward(
             i.x, i.weights, i.biases, *adapters, i.router_biases, i.selection_biases, *settings, form
         )
