@@ -83,7 +83,6 @@ def forward(
     x_TK, products = _rows(x_TK), len(lora_a_RK)
     dropped = Dropout(dropout_seed, dropout_p, stream).dropped(x_TK)
     orders = _orders(gates_THE, products, top_k, len(x_TK))
-    a_KR = [_transposed(a, survivor_scale(dropout_p)) for a in lora_a_RK]
     s = x_TK.new_empty(len(x_TK), products * _columns(lora_a_RK[0], gates_THE, top_k))
     outputs = []
     for g, (order, s_VC, b) in enumerate(zip(orders, parts(s, orders), lora_b_NR, strict=True)):
@@ -94,8 +93,8 @@ def forward(
             torch.mm(x_TK, weights_NK[g].T, out=y)
         else:
             torch.addmm(biases_N[g], x_TK, weights_NK[g].T, out=y)
-        gated = shrink(dropped, a_KR[g], order, _head(gates_THE, g), scaling, s_VC)
-        expand_(y, gated, _transposed(b), order)
+        gated = shrink(dropped, _scaled(lora_a_RK[g], dropout_p), order, _head(gates_THE, g), scaling, s_VC)
+        expand_(y, gated, _in_fp32(b), order, across=False)
         outputs.append(y)
     return outputs, s
 
@@ -149,11 +148,10 @@ def to_shrink(
     for g, (dy, b, order, (s_VC, ds_VC)) in enumerate(zip(dys_TN, lora_b_NR, orders, shrinks, strict=True)):
         with workspace.scope():
             dy = _rows(dy)
-            gated = unexpand(
-                dy, _in_fp32(b), order, _head(gates_THE, g), scaling, s_VC, ds_VC, _head(dgates, g)
-            )
+            of_gates = _head(gates_THE, g), scaling, s_VC, ds_VC, _head(dgates, g)
+            gated = unexpand(dy, _in_fp32(b), order, *of_gates)
             if need_dlora:
-                db.append(b.new_empty(b.shape).copy_(grad(dy, gated, len(b.T), order)[0].T))
+                db.append(grad(dy, gated, b.new_empty(b.shape), order, across=True))
     return ds, db, s.new_empty(0) if dgates is None else dgates
 
 
@@ -181,9 +179,7 @@ def to_input(
         terms.clear()
     ride = not dropout.p and orders[0].once  # else a token would get the others' more than once, or dropped
     for i, (a, order, ds_VC) in enumerate(zip(lora_a_RK, orders, parts(ds, orders), strict=True)):
-        expand_(out, ds_VC, portable.joined([a], torch.float32, survivor_scale(dropout.p)), order, *(
-            others if ride and i == 0 else ()
-        ))
+        expand_(out, ds_VC, _scaled(a, dropout.p), order, *(others if ride and i == 0 else ()))
     dropout.drop_(out)
     for dy, weight in terms:
         out.addmm_(dy, weight)
@@ -209,10 +205,11 @@ def to_adapter(
     if not ride:
         others_CK = portable.over_rows(x_TK, *(() if columns_TC is None else (columns_TC,)))
     for i, (own, order, ds_VC) in enumerate(zip(out, orders, parts(ds, orders), strict=True)):
-        of_own, of_others = grad(dropped, ds_VC, len(own), order, columns_TC if ride and i == 0 else None)
-        torch.mul(of_own, survivor_scale(dropout.p), out=own) if dropout.p else own.copy_(of_own)
-        if of_others is not None:
-            others_CK = of_others
+        others = None
+        if columns_TC is not None and ride and i == 0:
+            others = _in_fp32(columns_TC)
+            others_CK = x_TK.new_empty(others.shape[1], x_TK.shape[1], dtype=torch.float32)
+        grad(dropped, ds_VC, own, order, others, others_CK, factor=survivor_scale(dropout.p))
     return others_CK
 
 
@@ -220,11 +217,11 @@ def to_adapter(
 
 
 def shrink(
-    x_TF: Tensor, w_FR: Tensor, order: Groups, gates_TE: Tensor | None, scaling: float, s_VC: Tensor
+    x_TF: Tensor, w_RF: Tensor, order: Groups, gates_TE: Tensor | None, scaling: float, s_VC: Tensor
 ) -> Tensor:
-    """``x w`` of each visit's experts in ``s``, and (V, C) fp32 in the workspace: that times ``scaling * gate``."""
+    """``x w^T`` of each visit's experts in ``s``, and (V, C) fp32 in the workspace: that times ``scaling * gate``."""
     gated = workspace.empty(s_VC, *s_VC.shape, dtype=torch.float32)
-    _shrink(x_TF, w_FR, order, gates_TE, scaling, s_VC, None, gated, None)
+    _shrink(x_TF, w_RF, True, order, gates_TE, scaling, s_VC, None, gated, None)
     return gated
 
 
@@ -241,13 +238,14 @@ def unexpand(
     """The gradient of s in ``ds``, and the gated s again, as :func:`shrink` gives it; those of the chosen gates are
     added to ``dgates``."""
     gated = workspace.empty(s_VC, *s_VC.shape, dtype=torch.float32)
-    _shrink(dy_TF, w_FR, order, gates_TE, scaling, s_VC, ds_VC, gated, dgates_TE)
+    _shrink(dy_TF, w_FR, False, order, gates_TE, scaling, s_VC, ds_VC, gated, dgates_TE)
     return gated
 
 
 def _shrink(
     x_TF: Tensor,
-    w_FR: Tensor,
+    w: Tensor,
+    across: bool,
     order: Groups,
     gates_TE: Tensor | None,
     scaling: float,
@@ -256,11 +254,11 @@ def _shrink(
     gated_VC: Tensor,
     dgates_TE: Tensor | None,
 ) -> None:
-    F, R = w_FR.shape
+    F, R = w.shape[::-1] if across else w.shape
     _library()[f"shrink_{DTYPES[x_TF.dtype]}"](
-        x_TF.data_ptr(), x_TF.stride(0), w_FR.data_ptr(), F, R, s_VC.shape[1] // order.chosen, *order.arguments(),
+        x_TF.data_ptr(), x_TF.stride(0), w.data_ptr(), across, F, R, s_VC.shape[1] // order.chosen, *order.arguments(),
         _address(gates_TE), 0 if gates_TE is None else gates_TE.stride(0), scaling, ds_VC is not None,
-        s_VC.data_ptr(), _address(ds_VC), gated_VC.data_ptr(), s_VC.stride(0), _address(dgates_TE),
+        s_VC.data_ptr(), _address(ds_VC), s_VC.stride(0), gated_VC.data_ptr(), _address(dgates_TE),
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -268,36 +266,49 @@ def _shrink(
 def expand_(
     y_TF: Tensor,
     columns_VC: Tensor,
-    w_RF: Tensor,
+    w: Tensor,
     order: Groups,
     others_TQ: Tensor | None = None,
     w_others_QF: Tensor | None = None,
+    *,
+    across: bool = True,
 ) -> None:
-    """Adds to each visit's row its columns (fp32) times those rows of ``w`` that are its experts', and what others, one
-    row a token, make of theirs."""
-    others, w_others = None if others_TQ is None else _in_fp32(others_TQ), None
-    if w_others_QF is not None:
-        w_others = _in_fp32(w_others_QF)
+    """Adds to each visit's row its columns (fp32) times those rows of ``w`` (R, F) that are its experts', or columns if
+    it is not ``across``, (F, R); and what others, one row a token, make of theirs."""
+    others = None if others_TQ is None else _in_fp32(others_TQ)
+    w_others = None if w_others_QF is None else _in_fp32(w_others_QF)
+    F, R = w.shape[::-1] if across else w.shape
     _library()[f"expand_{DTYPES[y_TF.dtype]}"](
-        y_TF.data_ptr(), y_TF.stride(0), columns_VC.data_ptr(), columns_VC.stride(0), w_RF.data_ptr(), y_TF.shape[1],
+        y_TF.data_ptr(), y_TF.stride(0), columns_VC.data_ptr(), columns_VC.stride(0), w.data_ptr(), across, F, R,
         columns_VC.shape[1] // order.chosen, *order.arguments(),
         _address(others), _address(w_others), 0 if others is None else others.shape[1], torch.get_num_threads(),
     )  # fmt: skip
 
 
 def grad(
-    x_TF: Tensor, columns_VC: Tensor, rows: int, order: Groups, others_TQ: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """(R, F) fp32: ``columns^T x`` of each visit, added to the rows of its experts; and (Q, F), that of others."""
-    others = None if others_TQ is None else _in_fp32(others_TQ)
-    d_RF = x_TF.new_zeros(rows, x_TF.shape[1], dtype=torch.float32)
-    d_QF = None if others is None else d_RF.new_zeros(others.shape[1], x_TF.shape[1])
+    x_TF: Tensor,
+    columns_VC: Tensor,
+    out: Tensor,
+    order: Groups,
+    others_TQ: Tensor | None = None,
+    others_QF: Tensor | None = None,
+    *,
+    factor: float = 1.0,
+    across: bool = False,
+) -> Tensor:
+    """``factor * columns^T x`` of each visit (fp32), added up for its experts: ``out``, (R, F) or ``across`` (F, R). That
+    of ``others_TQ``, one row a token, in ``others_QF``."""
+    d = out if out.dtype == torch.float32 and out.is_contiguous() else torch.empty_like(
+        out, dtype=torch.float32, memory_format=torch.contiguous_format
+    )
+    F, R = d.shape if across else d.shape[::-1]
     _library()[f"grad_{DTYPES[x_TF.dtype]}"](
-        x_TF.data_ptr(), x_TF.stride(0), columns_VC.data_ptr(), columns_VC.stride(0), x_TF.shape[1],
-        columns_VC.shape[1] // order.chosen, *order.arguments(), d_RF.data_ptr(),
-        _address(others), _address(d_QF), 0 if others is None else others.shape[1], torch.get_num_threads(),
+        x_TF.data_ptr(), x_TF.stride(0), columns_VC.data_ptr(), columns_VC.stride(0), F, R,
+        columns_VC.shape[1] // order.chosen, *order.arguments(), factor, across, d.data_ptr(),
+        _address(others_TQ), None if others_TQ is None else _address(others_QF),
+        0 if others_TQ is None else others_TQ.shape[1], torch.get_num_threads(),
     )  # fmt: skip
-    return d_RF, d_QF
+    return out if d is out else out.copy_(d)
 
 
 def _orders(gates_THE: Tensor | None, projections: int, top_k: int, tokens: int) -> list[Groups]:
@@ -357,10 +368,9 @@ def _in_fp32(x: Tensor) -> Tensor:
     return workspace.cast(x, torch.float32).contiguous()
 
 
-def _transposed(adapter: Tensor, factor: float = 1.0) -> Tensor:
-    """fp32, in the workspace; times ``factor``, as in ``portable.joined``."""
-    out = workspace.empty(adapter, *adapter.shape[::-1], dtype=torch.float32)
-    return torch.mul(adapter.T, factor, out=out) if factor != 1 else out.copy_(adapter.T)
+def _scaled(lora_a_RK: Tensor, dropout_p: float) -> Tensor:
+    """fp32, times what dropout's survivors are multiplied by."""
+    return portable.joined([lora_a_RK], torch.float32, survivor_scale(dropout_p)).contiguous()
 
 
 def _address(t: Tensor | None) -> int | None:
@@ -370,9 +380,9 @@ def _address(t: Tensor | None) -> int | None:
 _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "b": ctypes.c_bool, "i": ctypes.c_int}
 _GROUPS = "pppnn"
 _SIGNATURES = {
-    "shrink": f"pnpnnn{_GROUPS}pnfbpppnpi",
-    "expand": f"pnpnpnn{_GROUPS}ppni",
-    "grad": f"pnpnnn{_GROUPS}pppni",
+    "shrink": f"pnpbnnn{_GROUPS}pnfbppnppi",
+    "expand": f"pnpnpbnnn{_GROUPS}ppni",
+    "grad": f"pnpnnnn{_GROUPS}fbpppni",
 }
 
 

@@ -96,6 +96,36 @@ void grad_tile(const float* columns, int64_t ldc, const float* rows, int64_t ldr
     for (int j = 0; j < 2; j++) store(d + i * ldd + j * LANES, s[i][j]);
 }
 
+// An adapter's weights, (features, columns of all experts): B as it is, or A across.
+struct Weights {
+  const float* at;
+  int64_t feature, column;  // steps from one to the next
+};
+
+// d[i * ldd + j] = of feature f + i and column c + j.
+void copy(Weights w, int64_t f, int64_t features, int64_t c, int64_t columns, float* d, int64_t ldd) {
+  const float* from = w.at + f * w.feature + c * w.column;
+  if (w.column == 1) {
+    for (int64_t i = 0; i < features; i++) std::memcpy(d + i * ldd, from + i * w.feature, 4 * columns);
+  } else {
+    for (int64_t j = 0; j < columns; j++)
+      for (int64_t i = 0; i < features; i++) d[i * ldd + j] = from[i * w.feature + j * w.column];
+  }
+}
+
+// Memory of this thread, kept from call to call; of any content. One for each purpose.
+template <int purpose>
+float* kept(int64_t size) {
+  static thread_local std::vector<float> memory;
+  if (int64_t(memory.size()) < size) memory.resize(size);
+  return memory.data();
+}
+
+// (F, R), or across: (R, F).
+Weights weights(const float* at, bool across, int64_t F, int64_t R) {
+  return across ? Weights{at, 1, F} : Weights{at, R, 1};
+}
+
 int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Task {
@@ -117,33 +147,37 @@ std::vector<Task> tasks_of(const int64_t* starts, int64_t groups) {
 // the experts of each (groups, M).
 #define GROUPS const int64_t *tokens, const int64_t *starts, const int64_t *experts, int64_t groups, int64_t M
 
-// Rows of x times the features of their experts: s (V, C) = x[tokens] w, w (F, R); and what gates make of it, with
-// c = scaling * gate (or scaling, without gates):
+// Rows of x times the weights of their experts: s (V, C) = x[tokens] w, w of F features and R columns; and what gates
+// make of it, with c = scaling * gate (or scaling, without gates) and gated (V, C) beside s and ds, whose rows may lie
+// apart:
 // - forward: s rounded to x's dtype, gated = c s;
 // - backward (of a given s): ds = c product, gated = c s, and dgates += scaling <product, s> of each chosen expert.
 template <typename T>
-void shrink(const T* x, int64_t ldx, const float* w, int64_t F, int64_t R, int64_t r, GROUPS, const float* gates,
-            int64_t ldg, float scaling, bool backward, T* s, float* ds, float* gated, int64_t ldc, float* dgates,
+void shrink(const T* x, int64_t ldx, Weights w, int64_t F, int64_t R, int64_t r, GROUPS, const float* gates,
+            int64_t ldg, float scaling, bool backward, T* s, float* ds, int64_t lds, float* gated, float* dgates,
             int threads) {
   const int64_t C = M * r, columns = padded(C, LANES);
   const int64_t K = std::max<int64_t>(64, PANEL / columns / 64 * 64);
   const std::vector<Task> tasks = tasks_of(starts, groups);
+  float* across = w.column == 1 ? nullptr : kept<0>(F * R);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> panel(K * columns), sums((BLOCK_ROWS + TILE_ROWS) * columns), rows;
-    if (sizeof(T) != sizeof(float)) rows.resize(TILE_ROWS * K);
+    float *panel = kept<1>(K * columns), *sums = kept<2>((BLOCK_ROWS + TILE_ROWS) * columns);
+    float* rows = sizeof(T) == sizeof(float) ? nullptr : kept<3>(TILE_ROWS * K);
+    if (across) {
+#pragma omp for schedule(static)
+      for (int64_t f = 0; f < F; f += 16) copy(w, f, std::min<int64_t>(16, F - f), 0, R, across + f * R, R);
+    }
+    const Weights own_w = across ? Weights{across, R, 1} : w;
 #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < tasks.size(); i++) {
       const Task task = tasks[i];
       const int64_t* own = experts + task.group * M;
-      std::fill(sums.begin(), sums.end(), 0.0f);
+      std::fill_n(sums, (task.last - task.first + TILE_ROWS) * columns, 0.0f);
       for (int64_t k0 = 0; k0 < F; k0 += K) {
         const int64_t n = std::min(K, F - k0);
-        for (int64_t k = 0; k < n; k++) {
-          float* to = panel.data() + k * columns;
-          for (int64_t m = 0; m < M; m++) std::memcpy(to + m * r, w + (k0 + k) * R + own[m] * r, 4 * r);
-          std::fill(to + C, to + columns, 0.0f);
-        }
+        for (int64_t m = 0; m < M; m++) copy(own_w, k0, n, own[m] * r, r, panel + m * r, columns);
+        for (int64_t k = 0; k < n; k++) std::fill(panel + k * columns + C, panel + (k + 1) * columns, 0.0f);
         for (int64_t v = task.first; v < task.last; v += TILE_ROWS) {
           const float* from[TILE_ROWS];
           for (int64_t i = 0; i < TILE_ROWS; i++) {  // beyond the last row, that row again
@@ -151,31 +185,32 @@ void shrink(const T* x, int64_t ldx, const float* w, int64_t F, int64_t R, int64
             if constexpr (sizeof(T) == sizeof(float)) {
               from[i] = row;
             } else {
-              read(row, rows.data() + i * K, n, n);
-              from[i] = rows.data() + i * K;
+              read(row, rows + i * K, n, n);
+              from[i] = rows + i * K;
             }
           }
-          float* to = sums.data() + (v - task.first) * columns;
+          float* to = sums + (v - task.first) * columns;
           int64_t j = 0;
-          for (; j + TILE_COLUMNS <= columns; j += TILE_COLUMNS) tile<4>(from, &panel[j], columns, n, to + j, columns);
-          for (; j < columns; j += LANES) tile<1>(from, &panel[j], columns, n, to + j, columns);
+          for (; j + TILE_COLUMNS <= columns; j += TILE_COLUMNS) tile<4>(from, panel + j, columns, n, to + j, columns);
+          for (; j < columns; j += LANES) tile<1>(from, panel + j, columns, n, to + j, columns);
         }
       }
       for (int64_t v = task.first; v < task.last; v++) {
         for (int64_t m = 0; m < M; m++) {
-          const int64_t at = v * ldc + m * r, gate = tokens[v] * ldg + own[m];
-          const float* product = sums.data() + (v - task.first) * columns + m * r;
+          const int64_t at = v * lds + m * r, gate = tokens[v] * ldg + own[m];
+          float* own_gated = gated + v * C + m * r;
+          const float* product = sums + (v - task.first) * columns + m * r;
           const float c = gates ? scaling * gates[gate] : scaling;
           if (!backward) {
             write(product, s + at, r);
-            for (int64_t j = 0; j < r; j++) gated[at + j] = c * product[j];
+            for (int64_t j = 0; j < r; j++) own_gated[j] = c * product[j];
             continue;
           }
           float dgate = 0.0f;
           for (int64_t j = 0; j < r; j++) {
             const float own_s = to_float(s[at + j]);
             ds[at + j] = c * product[j];
-            gated[at + j] = c * own_s;
+            own_gated[j] = c * own_s;
             dgate += product[j] * own_s;
           }
           if (dgates) dgates[gate] += scaling * dgate;
@@ -185,23 +220,24 @@ void shrink(const T* x, int64_t ldx, const float* w, int64_t F, int64_t R, int64
   }
 }
 
-// y[tokens] += columns (V, C) times the rows of w (R, F) that are the experts', + others (T, Q) w_others (Q, F).
+// y[tokens] += columns (V, C) times the weights of their experts, w across; + others (T, Q) w_others (Q, F).
 template <typename T>
-void expand(T* y, int64_t ldy, const float* columns, int64_t ldc, const float* w, int64_t F, int64_t r, GROUPS,
+void expand(T* y, int64_t ldy, const float* columns, int64_t ldc, Weights w, int64_t F, int64_t R, int64_t r, GROUPS,
             const float* others, const float* w_others, int64_t Q, int threads) {
   const int64_t C = M * r;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> panel((C + Q) * TILE_COLUMNS);
+    float *all = kept<0>(R * TILE_COLUMNS), *panel = kept<1>((C + Q) * TILE_COLUMNS);
     float sums[TILE_ROWS * TILE_COLUMNS];
 #pragma omp for schedule(static)
     for (int64_t f = 0; f < F; f += TILE_COLUMNS) {  // a task has all tokens, so no two write to one row's features
       const int64_t n = std::min(TILE_COLUMNS, F - f);
-      for (int64_t q = 0; q < Q; q++) read(w_others + q * F + f, &panel[(C + q) * TILE_COLUMNS], n, TILE_COLUMNS);
+      if (n < TILE_COLUMNS) std::fill_n(all, R * TILE_COLUMNS, 0.0f);
+      copy({w.at, w.column, w.feature}, 0, R, f, n, all, TILE_COLUMNS);
+      for (int64_t q = 0; q < Q; q++) read(w_others + q * F + f, panel + (C + q) * TILE_COLUMNS, n, TILE_COLUMNS);
       for (int64_t g = 0; g < groups; g++) {
         for (int64_t m = 0; m < M; m++)
-          for (int64_t j = 0; j < r; j++)
-            read(w + (experts[g * M + m] * r + j) * F + f, &panel[(m * r + j) * TILE_COLUMNS], n, TILE_COLUMNS);
+          std::memcpy(panel + m * r * TILE_COLUMNS, all + experts[g * M + m] * r * TILE_COLUMNS, 4 * r * TILE_COLUMNS);
         const int64_t end = starts[g + 1];
         for (int64_t v = starts[g]; v < end; v += TILE_ROWS) {
           const float *from[TILE_ROWS], *from_others[TILE_ROWS];
@@ -214,8 +250,8 @@ void expand(T* y, int64_t ldy, const float* columns, int64_t ldc, const float* w
             read(to[i], sums + i * TILE_COLUMNS, n, TILE_COLUMNS);
             if (u + TILE_ROWS < end) prefetch(y + tokens[u + TILE_ROWS] * ldy + f, n);
           }
-          tile<4>(from, panel.data(), TILE_COLUMNS, C, sums, TILE_COLUMNS);
-          if (Q) tile<4>(from_others, &panel[C * TILE_COLUMNS], TILE_COLUMNS, Q, sums, TILE_COLUMNS);
+          tile<4>(from, panel, TILE_COLUMNS, C, sums, TILE_COLUMNS);
+          if (Q) tile<4>(from_others, panel + C * TILE_COLUMNS, TILE_COLUMNS, Q, sums, TILE_COLUMNS);
           for (int64_t i = 0; i < std::min(TILE_ROWS, end - v); i++) write(sums + i * TILE_COLUMNS, to[i], n);
         }
       }
@@ -223,54 +259,46 @@ void expand(T* y, int64_t ldy, const float* columns, int64_t ldc, const float* w
   }
 }
 
-// d (R, F) += columns (V, C)^T x[tokens], each visit's to the rows of its experts; d_others (Q, F) += others (T, Q)^T x.
+// d = factor * columns (V, C)^T x[tokens], of each expert the sum over its visits: (R, F), or across (F, R); and of others
+// d_others (Q, F) = others (T, Q)^T x.
 template <typename T>
-void grad(const T* x, int64_t ldx, const float* columns, int64_t ldc, int64_t F, int64_t r, GROUPS, float* d,
-          const float* others, float* d_others, int64_t Q, int threads) {
+void grad(const T* x, int64_t ldx, const float* columns, int64_t ldc, int64_t F, int64_t R, int64_t r, GROUPS,
+          float factor, bool across, float* d, const float* others, float* d_others, int64_t Q, int threads) {
   const int64_t C = M * r, BLOCK = 2 * GRAD_FEATURES;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> rows(GRAD_ROWS * BLOCK), of_others(GRAD_ROWS * Q);
-    float sums[GRAD_COLUMNS * BLOCK];
-    float* to[GRAD_COLUMNS];
-    // Of these columns and all that rows has.
-    auto add = [&](const float* from, int64_t ld, int64_t many, int64_t V, int64_t n) {
-      for (int64_t i = 0; i < many; i++) read(to[i], sums + i * BLOCK, n, BLOCK);
-      for (int64_t j = 0; j < BLOCK; j += GRAD_FEATURES) {
-        if (many == GRAD_COLUMNS) {
-          grad_tile<GRAD_COLUMNS>(from, ld, &rows[j], BLOCK, V, sums + j, BLOCK);
-        } else if (many == 4) {
-          grad_tile<4>(from, ld, &rows[j], BLOCK, V, sums + j, BLOCK);
-        } else {
-          for (int64_t i = 0; i < many; i++) grad_tile<1>(from + i, ld, &rows[j], BLOCK, V, sums + i * BLOCK + j, BLOCK);
+    float *rows = kept<0>(GRAD_ROWS * BLOCK), *of_others = kept<1>(GRAD_ROWS * Q), *sums = kept<2>((R + Q) * BLOCK);
+    // To ``many`` sums that follow one another, of as many columns, from all that rows has.
+    auto add = [&](const float* from, int64_t ld, int64_t many, int64_t V, float* to) {
+      for (int64_t i = 0; i < many;) {
+        const int64_t step = many - i >= GRAD_COLUMNS ? GRAD_COLUMNS : many - i >= 4 ? 4 : 1;
+        for (int64_t j = 0; j < BLOCK; j += GRAD_FEATURES) {
+          auto tile = step == GRAD_COLUMNS ? grad_tile<GRAD_COLUMNS> : step == 4 ? grad_tile<4> : grad_tile<1>;
+          tile(from + i, ld, rows + j, BLOCK, V, to + i * BLOCK + j, BLOCK);
         }
+        i += step;
       }
-      for (int64_t i = 0; i < many; i++) write(sums + i * BLOCK, to[i], n);
     };
 #pragma omp for schedule(static)
     for (int64_t f = 0; f < F; f += BLOCK) {
       const int64_t n = std::min(BLOCK, F - f);
+      std::fill_n(sums, (R + Q) * BLOCK, 0.0f);
       for (int64_t g = 0; g < groups; g++) {
         for (int64_t v = starts[g]; v < starts[g + 1]; v += GRAD_ROWS) {
           const int64_t V = std::min(GRAD_ROWS, starts[g + 1] - v);
           for (int64_t i = 0; i < V; i++) {
             if (i + 8 < V) prefetch(x + tokens[v + i + 8] * ldx + f, n);
-            read(x + tokens[v + i] * ldx + f, &rows[i * BLOCK], n, BLOCK);
+            read(x + tokens[v + i] * ldx + f, rows + i * BLOCK, n, BLOCK);
             for (int64_t q = 0; q < Q; q++) of_others[i * Q + q] = others[tokens[v + i] * Q + q];
           }
-          for (int64_t c = 0; c < C; c += GRAD_COLUMNS) {
-            const int64_t many = std::min(GRAD_COLUMNS, C - c);
-            for (int64_t i = 0; i < many; i++)
-              to[i] = d + (experts[g * M + (c + i) / r] * r + (c + i) % r) * F + f;
-            add(columns + v * ldc + c, ldc, many, V, n);
-          }
-          for (int64_t q = 0; q < Q; q += GRAD_COLUMNS) {
-            const int64_t many = std::min(GRAD_COLUMNS, Q - q);
-            for (int64_t i = 0; i < many; i++) to[i] = d_others + (q + i) * F + f;
-            add(of_others.data() + q, Q, many, V, n);
-          }
+          for (int64_t m = 0; m < M; m++)
+            add(columns + v * ldc + m * r, ldc, r, V, sums + experts[g * M + m] * r * BLOCK);
+          add(of_others, Q, Q, V, sums + R * BLOCK);
         }
       }
+      for (int64_t c = 0; c < R; c++)
+        for (int64_t i = 0; i < n; i++) d[across ? (f + i) * R + c : c * F + f + i] = factor * sums[c * BLOCK + i];
+      for (int64_t q = 0; q < Q; q++) write(sums + (R + q) * BLOCK, d_others + q * F + f, n);
     }
   }
 }
@@ -321,19 +349,23 @@ int64_t order(const float* gates, int64_t ldg, int64_t T, int64_t E, int64_t k, 
 }
 
 #define OF_DTYPE(T, name)                                                                                             \
-  void shrink_##name(const T* x, int64_t ldx, const float* w, int64_t F, int64_t R, int64_t r, GROUPS,                \
-                     const float* gates, int64_t ldg, float scaling, bool backward, T* s, float* ds, float* gated,    \
-                     int64_t ldc, float* dgates, int threads) {                                                       \
-    shrink(x, ldx, w, F, R, r, tokens, starts, experts, groups, M, gates, ldg, scaling, backward, s, ds, gated, ldc,  \
-           dgates, threads);                                                                                          \
+  void shrink_##name(const T* x, int64_t ldx, const float* w, bool across, int64_t F, int64_t R, int64_t r, GROUPS,   \
+                     const float* gates, int64_t ldg, float scaling, bool backward, T* s, float* ds, int64_t lds,     \
+                     float* gated, float* dgates, int threads) {                                                      \
+    shrink(x, ldx, weights(w, across, F, R), F, R, r, tokens, starts, experts, groups, M, gates, ldg, scaling,        \
+           backward, s, ds, lds, gated, dgates, threads);                                                             \
   }                                                                                                                   \
-  void expand_##name(T* y, int64_t ldy, const float* columns, int64_t ldc, const float* w, int64_t F, int64_t r,      \
-                     GROUPS, const float* others, const float* w_others, int64_t Q, int threads) {                    \
-    expand(y, ldy, columns, ldc, w, F, r, tokens, starts, experts, groups, M, others, w_others, Q, threads);          \
+  void expand_##name(T* y, int64_t ldy, const float* columns, int64_t ldc, const float* w, bool across, int64_t F,    \
+                     int64_t R, int64_t r, GROUPS, const float* others, const float* w_others, int64_t Q,             \
+                     int threads) {                                                                                   \
+    expand(y, ldy, columns, ldc, weights(w, across, F, R), F, R, r, tokens, starts, experts, groups, M, others,       \
+           w_others, Q, threads);                                                                                     \
   }                                                                                                                   \
-  void grad_##name(const T* x, int64_t ldx, const float* columns, int64_t ldc, int64_t F, int64_t r, GROUPS,          \
-                   float* d, const float* others, float* d_others, int64_t Q, int threads) {                          \
-    grad(x, ldx, columns, ldc, F, r, tokens, starts, experts, groups, M, d, others, d_others, Q, threads);            \
+  void grad_##name(const T* x, int64_t ldx, const float* columns, int64_t ldc, int64_t F, int64_t R, int64_t r,       \
+                   GROUPS, float factor, bool across, float* d, const float* others, float* d_others, int64_t Q,      \
+                   int threads) {                                                                                     \
+    grad(x, ldx, columns, ldc, F, R, r, tokens, starts, experts, groups, M, factor, across, d, others, d_others, Q,   \
+         threads);                                                                                                    \
   }
 
 OF_DTYPE(float, float32)
