@@ -8,7 +8,6 @@ of ``portable.py`` where there are no gates. Adapters are multiplied in fp32, wh
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from molora_kernels import backend, workspace
+from molora_kernels import cpp, workspace
+from molora_kernels.cpp import address
 from molora_kernels.cpu import has_amx
 from molora_kernels.dropout import Dropout, survivor_scale
 from molora_kernels.grouped_lora import portable
@@ -29,19 +29,12 @@ MOST_EXPERTS = 64
 
 def serves(x: Tensor, gates_THE: Tensor | None) -> bool:
     """Whether this module computes a grouped form with these gates, or plain LoRA, of rows like x, under the present
-    choice of backend. Compiles the kernels at the first call; if that fails, says so as the passes do."""
-    if x.dtype not in DTYPES or backend.backend_for(x.device) != "inductor":
+    choice of backend."""
+    if x.dtype not in DTYPES or not cpp.compiled(x.device, _functions):
         return False
-    if gates_THE is None and (x.dtype != torch.float32 or has_amx()):  # where the matrix library is faster
-        return False
-    if gates_THE is not None and gates_THE.shape[2] > MOST_EXPERTS:
-        return False
-    try:
-        _library()
-    except Exception as error:  # a compiler may fail in any way
-        backend.without_compiler(error)
-        return False
-    return True
+    if gates_THE is None:  # matrix units multiply faster, and 16-bit products do
+        return x.dtype == torch.float32 and not has_amx()
+    return gates_THE.shape[2] <= MOST_EXPERTS
 
 
 class Groups(NamedTuple):
@@ -255,10 +248,10 @@ def _shrink(
     dgates_TE: Tensor | None,
 ) -> None:
     F, R = w.shape[::-1] if across else w.shape
-    _library()[f"shrink_{DTYPES[x_TF.dtype]}"](
+    _functions()[f"shrink_{DTYPES[x_TF.dtype]}"](
         x_TF.data_ptr(), x_TF.stride(0), w.data_ptr(), across, F, R, s_VC.shape[1] // order.chosen, *order.arguments(),
-        _address(gates_TE), 0 if gates_TE is None else gates_TE.stride(0), scaling, ds_VC is not None,
-        s_VC.data_ptr(), _address(ds_VC), s_VC.stride(0), gated_VC.data_ptr(), _address(dgates_TE),
+        address(gates_TE), 0 if gates_TE is None else gates_TE.stride(0), scaling, ds_VC is not None,
+        s_VC.data_ptr(), address(ds_VC), s_VC.stride(0), gated_VC.data_ptr(), address(dgates_TE),
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -278,10 +271,10 @@ def expand_(
     others = None if others_TQ is None else _in_fp32(others_TQ)
     w_others = None if w_others_QF is None else _in_fp32(w_others_QF)
     F, R = w.shape[::-1] if across else w.shape
-    _library()[f"expand_{DTYPES[y_TF.dtype]}"](
+    _functions()[f"expand_{DTYPES[y_TF.dtype]}"](
         y_TF.data_ptr(), y_TF.stride(0), columns_VC.data_ptr(), columns_VC.stride(0), w.data_ptr(), across, F, R,
         columns_VC.shape[1] // order.chosen, *order.arguments(),
-        _address(others), _address(w_others), 0 if others is None else others.shape[1], torch.get_num_threads(),
+        address(others), address(w_others), 0 if others is None else others.shape[1], torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -302,10 +295,10 @@ def grad(
         out, dtype=torch.float32, memory_format=torch.contiguous_format
     )
     F, R = d.shape if across else d.shape[::-1]
-    _library()[f"grad_{DTYPES[x_TF.dtype]}"](
+    _functions()[f"grad_{DTYPES[x_TF.dtype]}"](
         x_TF.data_ptr(), x_TF.stride(0), columns_VC.data_ptr(), columns_VC.stride(0), F, R,
         columns_VC.shape[1] // order.chosen, *order.arguments(), factor, across, d.data_ptr(),
-        _address(others_TQ), None if others_TQ is None else _address(others_QF),
+        address(others_TQ), None if others_TQ is None else address(others_QF),
         0 if others_TQ is None else others_TQ.shape[1], torch.get_num_threads(),
     )  # fmt: skip
     return out if d is out else out.copy_(d)
@@ -327,7 +320,7 @@ def _order_of(gates_TE: Tensor, top_k: int) -> Groups:
     chosen, most = (top_k, MOST_SETS) if once else (1, experts)
     shapes = (tokens * (1 if once else top_k),), (most + 1,), (most, chosen)
     visits, starts, of_groups = (gates_TE.new_empty(shape, dtype=torch.int64) for shape in shapes)
-    groups = _library()["order"](
+    groups = _functions()["order"](
         gates_TE.data_ptr(), gates_TE.stride(0), tokens, experts, top_k, MOST_SETS if once else 0,
         visits.data_ptr(), starts.data_ptr(), of_groups.data_ptr(),
     )  # fmt: skip
@@ -373,30 +366,14 @@ def _scaled(lora_a_RK: Tensor, dropout_p: float) -> Tensor:
     return portable.joined([lora_a_RK], torch.float32, survivor_scale(dropout_p)).contiguous()
 
 
-def _address(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
-
-
-_KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "b": ctypes.c_bool, "i": ctypes.c_int}
 _GROUPS = "pppnn"
-_SIGNATURES = {
-    "shrink": f"pnpbnnn{_GROUPS}pnfbppnppi",
-    "expand": f"pnpnpbnnn{_GROUPS}ppni",
-    "grad": f"pnpnnnn{_GROUPS}fbpppni",
-}
+_SIGNATURES = (
+    ("order", "pnnnnnppp>n"),
+    *((f"shrink_{name}", f"pnpbnnn{_GROUPS}pnfbppnppi") for name in DTYPES.values()),
+    *((f"expand_{name}", f"pnpnpbnnn{_GROUPS}ppni") for name in DTYPES.values()),
+    *((f"grad_{name}", f"pnpnnnn{_GROUPS}fbpppni") for name in DTYPES.values()),
+)
 
 
-@functools.cache
-def _library() -> dict[str, ctypes._CFuncPtr]:
-    """The functions of ``experts.cpp``, compiled in a few seconds and kept where torch.compile keeps what it makes."""
-    from torch._inductor.codecache import CppCodeCache  # takes a second, so not before it is needed
-
-    source = Path(__file__).with_name("experts.cpp").read_text(encoding="utf-8")
-    compiled = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast", "-ftree-loop-vectorize"))
-    functions = {"order": compiled.order}
-    compiled.order.restype, compiled.order.argtypes = ctypes.c_int64, [_KINDS[kind] for kind in "pnnnnnppp"]
-    for name, kinds in _SIGNATURES.items():
-        for dtype in DTYPES.values():
-            function = functions[f"{name}_{dtype}"] = getattr(compiled, f"{name}_{dtype}")
-            function.restype, function.argtypes = None, [_KINDS[kind] for kind in kinds]
-    return functions
+def _functions() -> cpp.Functions:
+    return cpp.functions(Path(__file__).with_name("experts.cpp"), _SIGNATURES)

@@ -1,4 +1,5 @@
-"""The router in plain PyTorch with a hand-written backward: what the ``torch`` backend runs.
+"""The router in plain PyTorch with a hand-written backward: what the ``torch`` backend runs, and ``inductor`` but for
+what is done with logits (``cpp.py``).
 
 Shape letters: T tokens, K input features, H routers that read the same input, E experts. All router arithmetic is
 fp32 (fp64 for fp64 inputs), whatever the dtype of x; but for the weights' gradient from bf16 rows where it rides on the
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from molora_kernels import workspace
 from molora_kernels.one_pass import compiled, one_pass
+from molora_kernels.router import cpp
 
 
 def forward(
@@ -27,6 +29,8 @@ def forward(
     dtype = torch.promote_types(torch.float32, x_TK.dtype)
     weight = weight_HEK.reshape(heads * experts, features).to(dtype)
     logits = _logits_of(x_TK, weight).view(-1, heads, experts)
+    if cpp.serves(logits):
+        return cpp.forward(logits, bias_HE, selection_bias_HE, mask_T, top_k)
     if bias_HE is not None:
         logits += bias_HE.to(dtype)
     logits_HET = _experts_first(logits)
@@ -127,6 +131,8 @@ def dlogits_of(
     ``dlogit_e = h_e - g_e sum_j h_j``; for k = 1 the gate is p itself and p takes the place of g in the second term.
     Of the sums, z gives ``2 lse p_e``, and the probability sums with upstream w give ``p_e (w_e - sum_j w_j p_j)``.
     """
+    if cpp.serves(logits_THE):
+        return cpp.dlogits_of(dgates_THE, dsums_HS, logits_THE, gates_THE, mask_T, top_k)
     logits, gates = _experts_first(logits_THE), _experts_first(gates_THE)
     probs = torch.softmax(logits, dim=1)
     if dgates_THE is None:

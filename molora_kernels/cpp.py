@@ -1,0 +1,57 @@
+"""Kernels in C++, each file beside the module that calls it: with ``one_pass.py`` the ``inductor`` backend's own part.
+
+They are compiled as torch.compile compiles its own loops, at the first call, in a few seconds, and kept where it keeps
+them (TORCHINDUCTOR_CACHE_DIR).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molora_kernels import backend
+
+Functions = dict[str, Callable[..., Any]]
+
+_KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "b": ctypes.c_bool, "i": ctypes.c_int}
+"""Arguments: an address (:func:`address`), a number, a factor, a flag, threads."""
+
+
+@functools.cache
+def functions(source: Path, signatures: tuple[tuple[str, str], ...]) -> Functions:
+    """Of a file, those functions that are named, each with the kinds of its arguments and, after ``>``, of what it
+    returns."""
+    from torch._inductor.codecache import CppCodeCache  # takes a second, so not before it is needed
+
+    library = CppCodeCache.load(
+        source.read_text(encoding="utf-8"), extra_flags=("-ffp-contract=fast", "-ftree-loop-vectorize")
+    )
+    found: Functions = {}
+    for name, kinds in signatures:
+        function = found[name] = getattr(library, name)
+        arguments, _, result = kinds.partition(">")
+        function.argtypes, function.restype = [_KINDS[kind] for kind in arguments], _KINDS.get(result)
+    return found
+
+
+def compiled(device: torch.device, load: Callable[[], Functions]) -> bool:
+    """Whether tensors on ``device`` go to what ``load`` gives, under the present choice of backend. Compiles it; if
+    that fails, says so as the passes do."""
+    if backend.backend_for(device) != "inductor":
+        return False
+    try:
+        load()
+    except Exception as error:  # a compiler may fail in any way
+        backend.without_compiler(error)
+        return False
+    return True
+
+
+def address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
