@@ -273,7 +273,7 @@ def expand_(
     F, R = w.shape[::-1] if across else w.shape
     _functions()[f"expand_{DTYPES[y_TF.dtype]}"](
         y_TF.data_ptr(), y_TF.stride(0), columns_VC.data_ptr(), columns_VC.stride(0), w.data_ptr(), across, F, R,
-        columns_VC.shape[1] // order.chosen, *order.arguments(),
+        columns_VC.shape[1] // order.chosen, *order.arguments(), order.once,
         address(others), address(w_others), 0 if others is None else others.shape[1], torch.get_num_threads(),
     )  # fmt: skip
 
@@ -370,7 +370,7 @@ _GROUPS = "pppnn"
 _SIGNATURES = (
     ("order", "pnnnnnppp>n"),
     *((f"shrink_{name}", f"pnpbnnn{_GROUPS}pnfbppnppi") for name in DTYPES.values()),
-    *((f"expand_{name}", f"pnpnpbnnn{_GROUPS}ppni") for name in DTYPES.values()),
+    *((f"expand_{name}", f"pnpnpbnnn{_GROUPS}bppni") for name in DTYPES.values()),
     *((f"grad_{name}", f"pnpnnnn{_GROUPS}fbpppni") for name in DTYPES.values()),
 )
 

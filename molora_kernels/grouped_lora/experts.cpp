@@ -24,7 +24,7 @@ constexpr int64_t GRAD_COLUMNS = 8, GRAD_FEATURES = 2 * LANES, GRAD_ROWS = 352;
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
-inline void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
+inline void add(float* p, vec v) { *reinterpret_cast<vec*>(p) += v; }
 
 struct bfloat16 {
   uint16_t bits;
@@ -61,12 +61,11 @@ inline void prefetch(const T* row, int64_t n) {
     __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
 }
 
-// sums[i][j] += sum over k of x[i][k] w[k][j], of TILE_ROWS rows and N vectors of columns.
+// sums[i][j] += sum over k of x[i][k] w[k][j], of TILE_ROWS rows and N vectors of columns. Sums begin at zero and are added
+// at the end: long ones are sums of sums, which err less.
 template <int N>
 void tile(const float* const* x, const float* w, int64_t ldw, int64_t K, float* sums, int64_t lds) {
-  vec s[TILE_ROWS][N];
-  for (int i = 0; i < TILE_ROWS; i++)
-    for (int j = 0; j < N; j++) s[i][j] = load(sums + i * lds + j * LANES);
+  vec s[TILE_ROWS][N] = {};
   for (int64_t k = 0; k < K; k++, w += ldw) {
     vec b[N];
     for (int j = 0; j < N; j++) b[j] = load(w + j * LANES);
@@ -76,15 +75,13 @@ void tile(const float* const* x, const float* w, int64_t ldw, int64_t K, float* 
     }
   }
   for (int i = 0; i < TILE_ROWS; i++)
-    for (int j = 0; j < N; j++) store(sums + i * lds + j * LANES, s[i][j]);
+    for (int j = 0; j < N; j++) add(sums + i * lds + j * LANES, s[i][j]);
 }
 
-// d[i][j] += sum over v of columns[v][i] rows[v][j], of M columns and GRAD_FEATURES features.
+// d[i][j] += sum over v of columns[v][i] rows[v][j], of M columns and GRAD_FEATURES features; likewise.
 template <int M>
 void grad_tile(const float* columns, int64_t ldc, const float* rows, int64_t ldr, int64_t V, float* d, int64_t ldd) {
-  vec s[M][2];
-  for (int i = 0; i < M; i++)
-    for (int j = 0; j < 2; j++) s[i][j] = load(d + i * ldd + j * LANES);
+  vec s[M][2] = {};
   for (int64_t v = 0; v < V; v++, columns += ldc, rows += ldr) {
     vec b[2] = {load(rows), load(rows + LANES)};
     for (int i = 0; i < M; i++) {
@@ -93,7 +90,7 @@ void grad_tile(const float* columns, int64_t ldc, const float* rows, int64_t ldr
     }
   }
   for (int i = 0; i < M; i++)
-    for (int j = 0; j < 2; j++) store(d + i * ldd + j * LANES, s[i][j]);
+    for (int j = 0; j < 2; j++) add(d + i * ldd + j * LANES, s[i][j]);
 }
 
 // An adapter's weights, (features, columns of all experts): B as it is, or A across.
@@ -220,39 +217,47 @@ void shrink(const T* x, int64_t ldx, Weights w, int64_t F, int64_t R, int64_t r,
   }
 }
 
-// y[tokens] += columns (V, C) times the weights of their experts, w across; + others (T, Q) w_others (Q, F).
+// y[tokens] += columns (V, C) times the weights of their experts, w across; + others (T, Q) w_others (Q, F). Where tokens
+// are visited more than once, one group after another, so that no two threads write to one row.
 template <typename T>
 void expand(T* y, int64_t ldy, const float* columns, int64_t ldc, Weights w, int64_t F, int64_t R, int64_t r, GROUPS,
-            const float* others, const float* w_others, int64_t Q, int threads) {
+            bool once, const float* others, const float* w_others, int64_t Q, int threads) {
   const int64_t C = M * r;
+  const std::vector<Task> tasks = tasks_of(starts, groups);
+  float* across = w.feature == 1 ? nullptr : kept<0>(F * R);
 #pragma omp parallel num_threads(threads)
   {
-    float *all = kept<0>(R * TILE_COLUMNS), *panel = kept<1>((C + Q) * TILE_COLUMNS);
-    float sums[TILE_ROWS * TILE_COLUMNS];
+    float *panel = kept<1>((C + Q) * TILE_COLUMNS), sums[TILE_ROWS * TILE_COLUMNS];
+    if (across) {
 #pragma omp for schedule(static)
-    for (int64_t f = 0; f < F; f += TILE_COLUMNS) {  // a task has all tokens, so no two write to one row's features
-      const int64_t n = std::min(TILE_COLUMNS, F - f);
-      if (n < TILE_COLUMNS) std::fill_n(all, R * TILE_COLUMNS, 0.0f);
-      copy({w.at, w.column, w.feature}, 0, R, f, n, all, TILE_COLUMNS);
-      for (int64_t q = 0; q < Q; q++) read(w_others + q * F + f, panel + (C + q) * TILE_COLUMNS, n, TILE_COLUMNS);
-      for (int64_t g = 0; g < groups; g++) {
-        for (int64_t m = 0; m < M; m++)
-          std::memcpy(panel + m * r * TILE_COLUMNS, all + experts[g * M + m] * r * TILE_COLUMNS, 4 * r * TILE_COLUMNS);
-        const int64_t end = starts[g + 1];
-        for (int64_t v = starts[g]; v < end; v += TILE_ROWS) {
-          const float *from[TILE_ROWS], *from_others[TILE_ROWS];
-          T* to[TILE_ROWS];
-          for (int64_t i = 0; i < TILE_ROWS; i++) {
-            const int64_t u = std::min(v + i, end - 1);
-            from[i] = columns + u * ldc;
-            from_others[i] = others + tokens[u] * Q;
-            to[i] = y + tokens[u] * ldy + f;
-            read(to[i], sums + i * TILE_COLUMNS, n, TILE_COLUMNS);
-            if (u + TILE_ROWS < end) prefetch(y + tokens[u + TILE_ROWS] * ldy + f, n);
+      for (int64_t c = 0; c < R; c += 16) copy({w.at, w.column, w.feature}, c, std::min<int64_t>(16, R - c), 0, F, across + c * F, F);
+    }
+    const float* own_w = across ? across : w.at;
+    for (size_t first = 0, last; first < tasks.size(); first = last) {
+      for (last = first + 1; last < tasks.size() && (once || tasks[last].group == tasks[first].group);) last++;
+#pragma omp for schedule(dynamic)
+      for (size_t i = first; i < last; i++) {
+        const Task task = tasks[i];
+        const int64_t* own = experts + task.group * M;
+        for (int64_t f = 0; f < F; f += TILE_COLUMNS) {
+          const int64_t n = std::min(TILE_COLUMNS, F - f);
+          for (int64_t c = 0; c < C; c++) read(own_w + (own[c / r] * r + c % r) * F + f, panel + c * TILE_COLUMNS, n, TILE_COLUMNS);
+          for (int64_t q = 0; q < Q; q++) read(w_others + q * F + f, panel + (C + q) * TILE_COLUMNS, n, TILE_COLUMNS);
+          for (int64_t v = task.first; v < task.last; v += TILE_ROWS) {
+            const float *from[TILE_ROWS], *from_others[TILE_ROWS];
+            T* to[TILE_ROWS];
+            for (int64_t i = 0; i < TILE_ROWS; i++) {
+              const int64_t u = std::min(v + i, task.last - 1);
+              from[i] = columns + u * ldc;
+              from_others[i] = others + tokens[u] * Q;
+              to[i] = y + tokens[u] * ldy + f;
+              read(to[i], sums + i * TILE_COLUMNS, n, TILE_COLUMNS);
+              if (u + TILE_ROWS < task.last) prefetch(y + tokens[u + TILE_ROWS] * ldy + f, n);
+            }
+            tile<4>(from, panel, TILE_COLUMNS, C, sums, TILE_COLUMNS);
+            if (Q) tile<4>(from_others, panel + C * TILE_COLUMNS, TILE_COLUMNS, Q, sums, TILE_COLUMNS);
+            for (int64_t i = 0; i < std::min(TILE_ROWS, task.last - v); i++) write(sums + i * TILE_COLUMNS, to[i], n);
           }
-          tile<4>(from, panel, TILE_COLUMNS, C, sums, TILE_COLUMNS);
-          if (Q) tile<4>(from_others, panel + C * TILE_COLUMNS, TILE_COLUMNS, Q, sums, TILE_COLUMNS);
-          for (int64_t i = 0; i < std::min(TILE_ROWS, end - v); i++) write(sums + i * TILE_COLUMNS, to[i], n);
         }
       }
     }
@@ -356,9 +361,9 @@ int64_t order(const float* gates, int64_t ldg, int64_t T, int64_t E, int64_t k, 
            backward, s, ds, lds, gated, dgates, threads);                                                             \
   }                                                                                                                   \
   void expand_##name(T* y, int64_t ldy, const float* columns, int64_t ldc, const float* w, bool across, int64_t F,    \
-                     int64_t R, int64_t r, GROUPS, const float* others, const float* w_others, int64_t Q,             \
+                     int64_t R, int64_t r, GROUPS, bool once, const float* others, const float* w_others, int64_t Q,  \
                      int threads) {                                                                                   \
-    expand(y, ldy, columns, ldc, weights(w, across, F, R), F, R, r, tokens, starts, experts, groups, M, others,       \
+    expand(y, ldy, columns, ldc, weights(w, across, F, R), F, R, r, tokens, starts, experts, groups, M, once, others, \
            w_others, Q, threads);                                                                                     \
   }                                                                                                                   \
   void grad_##name(const T* x, int64_t ldx, const float* columns, int64_t ldc, int64_t F, int64_t R, int64_t r,       \
