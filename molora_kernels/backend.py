@@ -94,6 +94,16 @@ def backend_for(device: torch.device) -> Resolved:
     return chosen
 
 
+def compiles(device_type: str) -> bool:
+    """Whether the present choice means inductor there. Says nothing and raises nothing."""
+    return device_type == "cpu" and (
+        _choice == "inductor" or (_choice == "auto" and _compiles and compiler_installed())
+    )
+
+
+compiles._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess] # as in molora_kernels.cpu
+
+
 def decided_by(device: torch.device) -> dict[str, Any]:
     """What decides, beside shapes, dtypes and the form chosen, which kernels and tiles run on ``device``, by name.
     Processes that train one model together must agree in it. Raises as :func:`backend_for`."""

@@ -209,10 +209,8 @@ def to_adapter(
 # --- the kernels -------------------------------------------------------------------------------------------------
 
 
-def shrink(
-    x_TF: Tensor, w_RF: Tensor, order: Groups, gates_TE: Tensor | None, scaling: float, s_VC: Tensor
-) -> Tensor:
-    """``x w^T`` of each visit's experts in ``s``, and (V, C) fp32 in the workspace: that times ``scaling * gate``."""
+def shrink(x_TF: Tensor, w_RF: Tensor, order: Groups, gates_TE: Tensor | None, scaling: float, s_VC: Tensor) -> Tensor:
+    """x times each visit's experts, in ``s``, and (V, C) fp32 in the workspace: that times ``scaling * gate``."""
     gated = workspace.empty(s_VC, *s_VC.shape, dtype=torch.float32)
     _shrink(x_TF, w_RF, True, order, gates_TE, scaling, s_VC, None, gated, None)
     return gated
@@ -289,11 +287,9 @@ def grad(
     factor: float = 1.0,
     across: bool = False,
 ) -> Tensor:
-    """``factor * columns^T x`` of each visit (fp32), added up for its experts: ``out``, (R, F) or ``across`` (F, R). That
-    of ``others_TQ``, one row a token, in ``others_QF``."""
-    d = out if out.dtype == torch.float32 and out.is_contiguous() else torch.empty_like(
-        out, dtype=torch.float32, memory_format=torch.contiguous_format
-    )
+    """``factor * columns^T x`` of each visit (fp32), added up for its experts in ``out``, (R, F) or ``across`` (F, R).
+    That of ``others_TQ`` (fp32, one row a token) in ``others_QF``."""
+    d = out if out.dtype == torch.float32 and out.is_contiguous() else out.new_empty(out.shape, dtype=torch.float32)
     F, R = d.shape if across else d.shape[::-1]
     _functions()[f"grad_{DTYPES[x_TF.dtype]}"](
         x_TF.data_ptr(), x_TF.stride(0), columns_VC.data_ptr(), columns_VC.stride(0), F, R,

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from molora_kernels import backend
 from molora_kernels.cpu import has_amx
 from molora_kernels.grouped_lora import order
 
@@ -27,6 +28,9 @@ RIDGE = {80: 156, 86: 76, 89: 164, 90: 295, 100: 281, 120: 117}
 4090, H100, B200, 5090)."""
 
 
+COMPILED_TOKENS = 512
+"""From which the grouped form's C++ kernels are ahead of the matrix library's products of all experts, in bf16, where
+more than half of the experts are left out."""
 CPU_RIDGE = {False: {4: 56, 2: 100}, True: {4: 100, 2: 600}}
 """Rank left out per visit of a row from which moving the row pays, measured on a CPU without and with matrix units
 (AMX), for elements of 4 and of 2 bytes. The faster the products, the more must be spared; and for matrix units oneDNN
@@ -73,12 +77,12 @@ def form_for(x: Tensor, experts: int, top_k: int | None, rank: int) -> Resolved:
         return "dense"
     if _choice != "auto":
         return _choice
-    capability, amx = None, x.device.type == "cpu" and has_amx()
+    capability, amx, compiled = None, x.device.type == "cpu" and has_amx(), backend.compiles(x.device.type)
     if x.device.type == "cuda":
         properties = torch.cuda.get_device_properties(x.device)  # which, unlike the capability, torch.compile can trace
         capability = (properties.major, properties.minor)
     tokens, features = x.shape
-    return choose_form(tokens, features, experts, top_k, rank, x.dtype, x.device.type, capability, amx)
+    return choose_form(tokens, features, experts, top_k, rank, x.dtype, x.device.type, capability, amx, compiled)
 
 
 def choose_form(
@@ -91,6 +95,7 @@ def choose_form(
     device_type: str,
     capability: tuple[int, int] | None = None,
     amx: bool = False,
+    compiled: bool = False,
 ) -> Resolved:
     """The faster form, forward and backward together, for ``features`` of x. Both cost in proportion to the features,
     so these do not count, but for narrow rows on a CPU without matrix units.
@@ -100,7 +105,9 @@ def choose_form(
     feature more. They are equal at ``(E - k) r = k * ridge``.
 
     CPU, measured (docs/adr/0004-dense-experts.md): the same balance, with rows moved once where tokens are
-    sorted by set and k times where by expert; short groups and narrow rows count as if there were more to move.
+    sorted by set and k times where by expert; short groups and narrow rows count as if there were more to move. In
+    fp32 and bf16, ``compiled`` to C++ and without matrix units, no row moves: in fp32 grouped is always the faster
+    (0.4 to 1.0 of dense), in bf16 where more than half of the experts are left out.
     """
     if top_k >= experts:
         return "dense"
@@ -108,6 +115,9 @@ def choose_form(
         major, minor = capability or (0, 0)
         ridge = RIDGE.get(10 * major + minor, RIDGE[90])  # unknown GPUs: the largest, so dense, which moves no tokens
         return "grouped" if (experts - top_k) * rank > top_k * ridge else "dense"
+    if device_type == "cpu" and compiled and not amx and dtype in (torch.float32, torch.bfloat16):
+        worth = dtype == torch.float32 or (experts > 2 * top_k and tokens >= COMPILED_TOKENS)
+        return "grouped" if worth and tokens else "dense"
     if device_type == "cpu":
         by_set = order.sorted_by_set(experts, top_k)
         visits, groups = (1, math.comb(experts, top_k)) if by_set else (top_k, experts)

@@ -40,6 +40,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """y, or h in the dense form, for :func:`down`; sums, counts, and what backward needs: [h_gate, h_up, s_in, s_down,
     gates_in, logits_in, gates_down, logits_down], of which gates and logits are empty where there is no such router."""
+
     def route(x: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bias = torch.stack(router_biases[part]) if router_biases else None
         selection = torch.stack(selection_biases[part]) if selection_biases else None
@@ -112,7 +113,8 @@ def backward(
     of_down = gates_in if gates_down is None else gates_down
     # Experts of gate and up train through down's router too, so frozen routers do not spare their logits' gradient.
     need_dlogits = bool(router_weights) and (need_dx or need_drouter or need_dlora)
-    needs, lora = (need_dlora, need_dlogits), _grouped(x_TK, gates_in) if form == "grouped" else portable
+    needs = need_dlora, need_dlogits
+    lora: Any = _grouped(x_TK, gates_in) if form == "grouped" else portable
     sorted_in, sorted_down = (
         {"orders": lora.orders_of(gates, projections, top_k)} if form == "grouped" else {}
         for gates, projections in ((gates_in, 2), (of_down, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from molora_kernels import grouped_lora, use_form
+from molora_kernels import backend, grouped_lora, use_backend, use_form
 from molora_kernels.cpu import has_amx
 from molora_kernels.grouped_lora import dispatch, order
 from molora_kernels.grouped_lora.dispatch import Resolved, choose_form, form_for
@@ -50,6 +50,28 @@ def test_on_a_cpu_the_form_is_the_one_measured_faster(
 ) -> None:
     assert choose_form(tokens, 1024, experts, top_k, rank, torch.float32, "cpu") == fp32
     assert choose_form(tokens, 1024, experts, top_k, rank, torch.bfloat16, "cpu") == bf16
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "rank", "fp32", "bf16"),
+    [  # measured with its kernels compiled
+        (2048, 4, 2, 32, "grouped", "dense"),  # 0.90, 1.02
+        (2048, 4, 2, 8, "grouped", "dense"),  # 0.97, 1.03
+        (2048, 4, 3, 32, "grouped", "dense"),  # 0.87, 1.11
+        (2048, 8, 2, 32, "grouped", "grouped"),  # 0.79, 0.90
+        (2048, 16, 2, 32, "grouped", "grouped"),  # 0.60, 0.71
+        (512, 8, 2, 32, "grouped", "grouped"),  # 0.84, 0.99
+        (256, 8, 2, 32, "grouped", "dense"),  # 0.90, 1.06
+        (64, 16, 2, 32, "grouped", "dense"),  # 0.83, 1.07
+        (16, 16, 2, 32, "grouped", "dense"),  # 0.92, 1.23
+        (0, 16, 2, 32, "dense", "dense"),
+    ],
+)
+def test_compiled_to_cpp_few_experts_are_the_cheaper(
+    tokens: int, experts: int, top_k: int, rank: int, fp32: Resolved, bf16: Resolved
+) -> None:
+    for dtype, form in ((torch.float32, fp32), (torch.bfloat16, bf16)):
+        assert choose_form(tokens, 1024, experts, top_k, rank, dtype, "cpu", compiled=True) == form
 
 
 @pytest.mark.parametrize(
@@ -109,7 +131,10 @@ def test_the_rule_can_be_overruled_and_this_undone() -> None:
         with use_form(form):
             assert dispatch.form_for(x, 4, 2, 8) == form
             assert dispatch.form_for(x, 4, None, 8) == dispatch.form_for(x, 4, 4, 8) == "dense"
-    assert dispatch.form_for(x, 4, 2, 8) == choose_form(8, 4, 4, 2, 8, x.dtype, "cpu", amx=has_amx())
+    for name in ("torch", "inductor") if backend.compiler_installed() else ("torch",):
+        with use_backend(name):
+            chosen = choose_form(8, 4, 4, 2, 8, x.dtype, "cpu", amx=has_amx(), compiled=name == "inductor")
+            assert dispatch.form_for(x, 4, 2, 8) == chosen
     with pytest.raises(ValueError, match="choose one of"):
         use_form("sparse")  # type: ignore[arg-type]
 

@@ -11,11 +11,13 @@ from lora_cases import CASES, DTYPES, LoraCase, check, lora_inputs, results
 from torch import Tensor
 
 from molora_kernels import grouped_lora, use_backend, use_form
+from molora_kernels.backend import Backend
 from molora_kernels.grouped_lora import cost, op, portable, portable_grouped
 from molora_kernels.grouped_lora.dispatch import Form
 
 SMALL = LoraCase(T=5, K=6, N=(4, 3), E=2, r=2, H=2, chosen=1, p=0.2, bias=True)
 FORMS: tuple[Form, ...] = ("dense", "grouped")
+PORTABLE: tuple[Backend, ...] = ("torch", "inductor")
 
 
 @pytest.mark.parametrize(
@@ -45,17 +47,21 @@ def test_gradients_in_fp64(case: LoraCase, backend: Any, form: Form, device: tor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_torch_backend_follows_the_reference(form: Form, case: LoraCase, dtype: torch.dtype) -> None:
-    check(lora_inputs(case, dtype), "torch", form)
+@pytest.mark.parametrize("backend", PORTABLE)
+def test_portable_backends_follow_the_reference(
+    backend: Backend, form: Form, case: LoraCase, dtype: torch.dtype
+) -> None:
+    check(lora_inputs(case, dtype), backend, form)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_chosen_gate_may_underflow_to_zero(form: Form) -> None:
+@pytest.mark.parametrize("backend", PORTABLE)
+def test_a_chosen_gate_may_underflow_to_zero(backend: Backend, form: Form) -> None:
     inputs = lora_inputs(CASES[4])
     assert inputs.gates is not None
     inputs.gates[:5] = 0.0
     inputs.gates[5:9, :, :3] = 0.0
-    check(inputs, "torch", form)
+    check(inputs, backend, form)
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[6]], ids=str)

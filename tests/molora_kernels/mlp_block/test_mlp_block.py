@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from molora_kernels import Projection, Router, mlp_block, use_backend, use_form
+from molora_kernels.backend import Backend
 from molora_kernels.grouped_lora import portable as grouped_lora_portable
 from molora_kernels.grouped_lora.dispatch import Form
 from molora_kernels.mlp_block import cost, op, portable

@@ -20,7 +20,7 @@ def _torch_backend() -> Iterator[None]:
         yield
 
 
-SHAPES = [(1, 8, 1, 2, 1), (5, 7, 1, 4, 2), (33, 16, 2, 4, 2), (20, 9, 3, 5, 3), (17, 12, 2, 64, 8), (6, 5, 1, 4, 4)]
+SHAPES = [(1, 8, 1, 2, 1), (5, 7, 1, 4, 2), (33, 16, 2, 4, 2), (300, 9, 3, 5, 3), (17, 12, 2, 64, 8), (6, 5, 1, 4, 4)]
 
 
 def run(inputs: RouterInputs, top_k: int, backend: str) -> list[Tensor]:
@@ -36,18 +36,19 @@ def run(inputs: RouterInputs, top_k: int, backend: str) -> list[Tensor]:
     return [*(t.detach() for t in routing), *(t.grad for t in leaves if t.grad is not None)]
 
 
+@pytest.mark.parametrize("backend", ["torch", "inductor"])
 @pytest.mark.parametrize("extras", [{}, {"bias": True}, {"mask": True}, {"bias": True, "selection_bias": True}])
 @pytest.mark.parametrize(("tokens", "features", "heads", "experts", "top_k"), SHAPES)
-def test_torch_backend_against_reference(
-    tokens: int, features: int, heads: int, experts: int, top_k: int, extras: dict[str, bool]
+def test_portable_backends_against_reference(
+    tokens: int, features: int, heads: int, experts: int, top_k: int, extras: dict[str, bool], backend: str
 ) -> None:
     inputs = router_inputs(tokens, features, heads, experts, seed=tokens, **extras)
     exact = run(inputs.double(), top_k, "reference")
-    for actual, expected in zip(run(inputs.double(), top_k, "torch"), exact, strict=True):
+    for actual, expected in zip(run(inputs.double(), top_k, backend), exact, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     eager = run(inputs, top_k, "reference")
     names = ("gates", "sums", "counts", "dx", "dweight", "dbias")
-    for name, a, b, c in zip(names, run(inputs, top_k, "torch"), eager, exact, strict=False):
+    for name, a, b, c in zip(names, run(inputs, top_k, backend), eager, exact, strict=False):
         assert_within_budget(a, b, c, name, roundings=8)
 
 
@@ -67,7 +68,7 @@ def losses(routing: Routing, tokens: int, top_k: int) -> tuple[Tensor, Tensor]:
     return routing.sums[:, 0] / tokens, balance
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "inductor", "reference"])
 def test_vectors_of_the_losses(backend: str) -> None:
     """E = 4, k = 2: zero logits; balanced choices; all tokens on the same two experts with probability 1/2 each."""
     with use_backend(backend):
@@ -84,14 +85,14 @@ def test_vectors_of_the_losses(backend: str) -> None:
         assert balance.item() == pytest.approx(2.0, rel=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "inductor", "reference"])
 def test_ties_go_to_the_lower_index(backend: str) -> None:
     with use_backend(backend):
         gates = router(torch.zeros(3, 8), torch.zeros(2, 6, 8), top_k=2).gates
     assert torch.equal(gates, torch.tensor([0.5, 0.5, 0, 0, 0, 0]).expand(3, 2, 6))
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "inductor", "reference"])
 def test_one_expert_keeps_its_probability_and_trains_its_router(backend: str) -> None:
     inputs = router_inputs(9, 8, 1, 4)
     weight = inputs.weight.clone().requires_grad_()
@@ -103,7 +104,7 @@ def test_one_expert_keeps_its_probability_and_trains_its_router(backend: str) ->
     assert grad.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "inductor", "reference"])
 def test_chosen_gates_sum_to_one_and_selection_bias_only_selects(backend: str) -> None:
     inputs = router_inputs(11, 8, 1, 4)
     push = torch.tensor([[0.0, 0.0, 0.0, 10.0]])
