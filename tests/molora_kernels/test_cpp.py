@@ -1,0 +1,53 @@
+"""C++ kernels: what is done where they do not compile, and no read or write beyond what they were given."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from molora_kernels import backend, cpp, use_backend
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+
+
+def fails() -> cpp.Functions:
+    raise OSError("cannot compile this")
+
+
+def test_where_compiling_fails_auto_is_torch_from_then_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backend, "_compiles", True)  # and put back
+    monkeypatch.setattr(backend, "compiler_installed", lambda: True)
+    here = torch.device("cpu")
+    with use_backend("inductor"), pytest.raises(OSError, match="cannot compile this"):
+        cpp.compiled(here, fails)
+    with use_backend("auto"):
+        assert backend.compiles("cpu") and not backend.compiles("cuda")
+        assert not cpp.compiled(here, fails) and not cpp.compiled(here, fails)
+        assert backend.backend_for(here) == "torch" and not backend.compiles("cpu")
+    assert caplog.text.count("compiling failed, so from here on it is 'torch' on cpu: cannot compile this") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="sanitizers are looked for where g++ has them")
+def test_kernels_stay_within_what_they_are_given() -> None:
+    libraries = [
+        subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(Path(library).is_absolute() for library in libraries):
+        pytest.skip("g++ has no sanitizers here")
+    environment = os.environ | {"LD_PRELOAD": " ".join(libraries), "PYTHONMALLOC": "malloc"}
+    environment |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1", "PYTHONPATH": str(HERE)}
+    tests = [HERE / "grouped_lora" / "test_cpp.py", HERE / "router" / "test_router.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "sanitized", "-k", "not torch.compile", *map(str, tests)]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
