@@ -68,6 +68,7 @@ setup(
             "wandb>=0.25",
             "ruff>=0.12",
             "pyright[nodejs]>=1.1.400",
+            "clang-format>=18",
             "pre-commit>=4",
             "build>=1.2",
         ],

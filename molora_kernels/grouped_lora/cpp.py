@@ -245,13 +245,16 @@ def _shrink(
     gated_VC: Tensor,
     dgates_TE: Tensor | None,
 ) -> None:
-    F, R = w.shape[::-1] if across else w.shape
-    _functions()[f"shrink_{DTYPES[x_TF.dtype]}"](
-        x_TF.data_ptr(), x_TF.stride(0), w.data_ptr(), across, F, R, s_VC.shape[1] // order.chosen, *order.arguments(),
-        address(gates_TE), 0 if gates_TE is None else gates_TE.stride(0), scaling, ds_VC is not None,
-        s_VC.data_ptr(), address(ds_VC), s_VC.stride(0), gated_VC.data_ptr(), address(dgates_TE),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    with workspace.scope():
+        F, R = w.shape[::-1] if across else w.shape
+        room = workspace.empty(w, F, R) if across else None
+        _functions()[f"shrink_{DTYPES[x_TF.dtype]}"](
+            x_TF.data_ptr(), x_TF.stride(0), w.data_ptr(), across, F, R,
+            s_VC.shape[1] // order.chosen, *order.arguments(), address(gates_TE),
+            0 if gates_TE is None else gates_TE.stride(0), scaling, ds_VC is not None,
+            s_VC.data_ptr(), address(ds_VC), s_VC.stride(0), gated_VC.data_ptr(), address(dgates_TE),
+            address(room), torch.get_num_threads(),
+        )  # fmt: skip
 
 
 def expand_(
@@ -266,14 +269,16 @@ def expand_(
 ) -> None:
     """Adds to each visit's row its columns (fp32) times those rows of ``w`` (R, F) that are its experts', or columns if
     it is not ``across``, (F, R); and what others, one row a token, make of theirs."""
-    others = None if others_TQ is None else _in_fp32(others_TQ)
-    w_others = None if w_others_QF is None else _in_fp32(w_others_QF)
-    F, R = w.shape[::-1] if across else w.shape
-    _functions()[f"expand_{DTYPES[y_TF.dtype]}"](
-        y_TF.data_ptr(), y_TF.stride(0), columns_VC.data_ptr(), columns_VC.stride(0), w.data_ptr(), across, F, R,
-        columns_VC.shape[1] // order.chosen, *order.arguments(), order.once,
-        address(others), address(w_others), 0 if others is None else others.shape[1], torch.get_num_threads(),
-    )  # fmt: skip
+    with workspace.scope():
+        others = None if others_TQ is None else _in_fp32(others_TQ)
+        w_others = None if w_others_QF is None else _in_fp32(w_others_QF)
+        F, R = w.shape[::-1] if across else w.shape
+        room = None if across else workspace.empty(w, R, F)
+        _functions()[f"expand_{DTYPES[y_TF.dtype]}"](
+            y_TF.data_ptr(), y_TF.stride(0), columns_VC.data_ptr(), columns_VC.stride(0), w.data_ptr(), across, F, R,
+            columns_VC.shape[1] // order.chosen, *order.arguments(), order.once, address(others), address(w_others),
+            0 if others is None else others.shape[1], address(room), torch.get_num_threads(),
+        )  # fmt: skip
 
 
 def grad(
@@ -365,8 +370,8 @@ def _scaled(lora_a_RK: Tensor, dropout_p: float) -> Tensor:
 _GROUPS = "pppnn"
 _SIGNATURES = (
     ("order", "pnnnnnppp>n"),
-    *((f"shrink_{name}", f"pnpbnnn{_GROUPS}pnfbppnppi") for name in DTYPES.values()),
-    *((f"expand_{name}", f"pnpnpbnnn{_GROUPS}bppni") for name in DTYPES.values()),
+    *((f"shrink_{name}", f"pnpbnnn{_GROUPS}pnfbppnpppi") for name in DTYPES.values()),
+    *((f"expand_{name}", f"pnpnpbnnn{_GROUPS}bppnpi") for name in DTYPES.values()),
     *((f"grad_{name}", f"pnpnnnn{_GROUPS}fbpppni") for name in DTYPES.values()),
 )
 

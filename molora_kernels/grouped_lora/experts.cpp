@@ -1,8 +1,8 @@
 // Products of tokens with the experts they chose, on a CPU: what cpp.py compiles and calls.
 //
 // Tokens are grouped by the experts they chose (order). Rows stay where they are and are read and written through their
-// token's number; a group's products are computed in tiles whose sums stay in vector registers. Every sum has an order of
-// its own, the same for any number of threads.
+// token's number; a group's products are computed in tiles whose sums stay in vector registers. Every sum has an order
+// of its own, the same for any number of threads.
 //
 // Shape letters: T tokens, F features, E experts, r rank of one, R = E r, V visits of tokens, M experts of a visit,
 // C = M r columns of a visit, Q columns of "others", which each token has once whatever it chose.
@@ -17,8 +17,8 @@ namespace {
 
 constexpr int64_t LANES = 16;  // of a vector; where registers are narrower the compiler makes several of one
 constexpr int64_t TILE_ROWS = 6, TILE_COLUMNS = 4 * LANES;  // 24 of 32 vector registers hold sums
-constexpr int64_t BLOCK_ROWS = 96;       // of a task, which share a panel of weights
-constexpr int64_t PANEL = 384 * 64;      // numbers of a panel of weights: an eighth of 1 MiB of L2
+constexpr int64_t BLOCK_ROWS = 96;                          // of a task, which share a panel of weights
+constexpr int64_t PANEL = 384 * 64;                         // numbers of a panel of weights: an eighth of 1 MiB of L2
 constexpr int64_t GRAD_COLUMNS = 8, GRAD_FEATURES = 2 * LANES, GRAD_ROWS = 352;
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -61,8 +61,8 @@ inline void prefetch(const T* row, int64_t n) {
     __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
 }
 
-// sums[i][j] += sum over k of x[i][k] w[k][j], of TILE_ROWS rows and N vectors of columns. Sums begin at zero and are added
-// at the end: long ones are sums of sums, which err less.
+// sums[i][j] += sum over k of x[i][k] w[k][j], of TILE_ROWS rows and N vectors of columns. Sums begin at zero and are
+// added at the end: long ones are sums of sums, which err less.
 template <int N>
 void tile(const float* const* x, const float* w, int64_t ldw, int64_t K, float* sums, int64_t lds) {
   vec s[TILE_ROWS][N] = {};
@@ -149,18 +149,19 @@ std::vector<Task> tasks_of(const int64_t* starts, int64_t groups) {
 // apart:
 // - forward: s rounded to x's dtype, gated = c s;
 // - backward (of a given s): ds = c product, gated = c s, and dgates += scaling <product, s> of each chosen expert.
+// Weights that lie the other way than a tile reads them are laid out in ``across``, which has their size; else it is
+// null.
 template <typename T>
 void shrink(const T* x, int64_t ldx, Weights w, int64_t F, int64_t R, int64_t r, GROUPS, const float* gates,
             int64_t ldg, float scaling, bool backward, T* s, float* ds, int64_t lds, float* gated, float* dgates,
-            int threads) {
+            float* across, int threads) {
   const int64_t C = M * r, columns = padded(C, LANES);
   const int64_t K = std::max<int64_t>(64, PANEL / columns / 64 * 64);
   const std::vector<Task> tasks = tasks_of(starts, groups);
-  float* across = w.column == 1 ? nullptr : kept<0>(F * R);
 #pragma omp parallel num_threads(threads)
   {
-    float *panel = kept<1>(K * columns), *sums = kept<2>((BLOCK_ROWS + TILE_ROWS) * columns);
-    float* rows = sizeof(T) == sizeof(float) ? nullptr : kept<3>(TILE_ROWS * K);
+    float *panel = kept<0>(K * columns), *sums = kept<1>((BLOCK_ROWS + TILE_ROWS) * columns);
+    float* rows = sizeof(T) == sizeof(float) ? nullptr : kept<2>(TILE_ROWS * K);
     if (across) {
 #pragma omp for schedule(static)
       for (int64_t f = 0; f < F; f += 16) copy(w, f, std::min<int64_t>(16, F - f), 0, R, across + f * R, R);
@@ -217,20 +218,21 @@ void shrink(const T* x, int64_t ldx, Weights w, int64_t F, int64_t R, int64_t r,
   }
 }
 
-// y[tokens] += columns (V, C) times the weights of their experts, w across; + others (T, Q) w_others (Q, F). Where tokens
-// are visited more than once, one group after another, so that no two threads write to one row.
+// y[tokens] += columns (V, C) times the weights of their experts, w across; + others (T, Q) w_others (Q, F). Where
+// tokens are visited more than once, one group after another, so that no two threads write to one row. ``across`` as in
+// shrink.
 template <typename T>
 void expand(T* y, int64_t ldy, const float* columns, int64_t ldc, Weights w, int64_t F, int64_t R, int64_t r, GROUPS,
-            bool once, const float* others, const float* w_others, int64_t Q, int threads) {
+            bool once, const float* others, const float* w_others, int64_t Q, float* across, int threads) {
   const int64_t C = M * r;
   const std::vector<Task> tasks = tasks_of(starts, groups);
-  float* across = w.feature == 1 ? nullptr : kept<0>(F * R);
 #pragma omp parallel num_threads(threads)
   {
-    float *panel = kept<1>((C + Q) * TILE_COLUMNS), sums[TILE_ROWS * TILE_COLUMNS];
+    float *panel = kept<0>((C + Q) * TILE_COLUMNS), sums[TILE_ROWS * TILE_COLUMNS];
     if (across) {
 #pragma omp for schedule(static)
-      for (int64_t c = 0; c < R; c += 16) copy({w.at, w.column, w.feature}, c, std::min<int64_t>(16, R - c), 0, F, across + c * F, F);
+      for (int64_t c = 0; c < R; c += 16)
+        copy({w.at, w.column, w.feature}, c, std::min<int64_t>(16, R - c), 0, F, across + c * F, F);
     }
     const float* own_w = across ? across : w.at;
     for (size_t first = 0, last; first < tasks.size(); first = last) {
@@ -241,7 +243,8 @@ void expand(T* y, int64_t ldy, const float* columns, int64_t ldc, Weights w, int
         const int64_t* own = experts + task.group * M;
         for (int64_t f = 0; f < F; f += TILE_COLUMNS) {
           const int64_t n = std::min(TILE_COLUMNS, F - f);
-          for (int64_t c = 0; c < C; c++) read(own_w + (own[c / r] * r + c % r) * F + f, panel + c * TILE_COLUMNS, n, TILE_COLUMNS);
+          for (int64_t c = 0; c < C; c++)
+            read(own_w + (own[c / r] * r + c % r) * F + f, panel + c * TILE_COLUMNS, n, TILE_COLUMNS);
           for (int64_t q = 0; q < Q; q++) read(w_others + q * F + f, panel + (C + q) * TILE_COLUMNS, n, TILE_COLUMNS);
           for (int64_t v = task.first; v < task.last; v += TILE_ROWS) {
             const float *from[TILE_ROWS], *from_others[TILE_ROWS];
@@ -264,8 +267,8 @@ void expand(T* y, int64_t ldy, const float* columns, int64_t ldc, Weights w, int
   }
 }
 
-// d = factor * columns (V, C)^T x[tokens], of each expert the sum over its visits: (R, F), or across (F, R); and of others
-// d_others (Q, F) = others (T, Q)^T x.
+// d = factor * columns (V, C)^T x[tokens], of each expert the sum over its visits: (R, F), or across (F, R); and of
+// others d_others (Q, F) = others (T, Q)^T x.
 template <typename T>
 void grad(const T* x, int64_t ldx, const float* columns, int64_t ldc, int64_t F, int64_t R, int64_t r, GROUPS,
           float factor, bool across, float* d, const float* others, float* d_others, int64_t Q, int threads) {
@@ -310,10 +313,10 @@ void grad(const T* x, int64_t ldx, const float* columns, int64_t ldc, int64_t F,
 
 extern "C" {
 
-// Tokens grouped by what they chose, of gates (T, E): the k of largest magnitude, ties to the lower expert (a chosen gate
-// may have underflowed to zero, and then another zero may take its place). By set, each token is visited once, with M = k
-// experts, and there are as many groups as sets that occur, at most most_sets; else once with each of its experts, M = 1.
-// Tokens and experts of a group ascend. Returns the number of groups, or -1 if there were more sets.
+// Tokens grouped by what they chose, of gates (T, E): the k of largest magnitude, ties to the lower expert (a chosen
+// gate may have underflowed to zero, and then another zero may take its place). By set, each token is visited once,
+// with M = k experts, and there are as many groups as sets that occur, at most most_sets; else once with each of its
+// experts, M = 1. Tokens and experts of a group ascend. Returns the number of groups, or -1 if there were more sets.
 int64_t order(const float* gates, int64_t ldg, int64_t T, int64_t E, int64_t k, int64_t most_sets, int64_t* tokens,
               int64_t* starts, int64_t* experts) {
   std::vector<uint64_t> chosen(T), sets;
@@ -356,15 +359,15 @@ int64_t order(const float* gates, int64_t ldg, int64_t T, int64_t E, int64_t k, 
 #define OF_DTYPE(T, name)                                                                                             \
   void shrink_##name(const T* x, int64_t ldx, const float* w, bool across, int64_t F, int64_t R, int64_t r, GROUPS,   \
                      const float* gates, int64_t ldg, float scaling, bool backward, T* s, float* ds, int64_t lds,     \
-                     float* gated, float* dgates, int threads) {                                                      \
+                     float* gated, float* dgates, float* room, int threads) {                                         \
     shrink(x, ldx, weights(w, across, F, R), F, R, r, tokens, starts, experts, groups, M, gates, ldg, scaling,        \
-           backward, s, ds, lds, gated, dgates, threads);                                                             \
+           backward, s, ds, lds, gated, dgates, room, threads);                                                       \
   }                                                                                                                   \
   void expand_##name(T* y, int64_t ldy, const float* columns, int64_t ldc, const float* w, bool across, int64_t F,    \
                      int64_t R, int64_t r, GROUPS, bool once, const float* others, const float* w_others, int64_t Q,  \
-                     int threads) {                                                                                   \
+                     float* room, int threads) {                                                                      \
     expand(y, ldy, columns, ldc, weights(w, across, F, R), F, R, r, tokens, starts, experts, groups, M, once, others, \
-           w_others, Q, threads);                                                                                     \
+           w_others, Q, room, threads);                                                                               \
   }                                                                                                                   \
   void grad_##name(const T* x, int64_t ldx, const float* columns, int64_t ldc, int64_t F, int64_t R, int64_t r,       \
                    GROUPS, float factor, bool across, float* d, const float* others, float* d_others, int64_t Q,      \

@@ -40,7 +40,7 @@ extern "C" {
 
 // Adds bias (H, E), if there is one, to logits (T, H, E); gives gates (T, H, E), sums (H, 1 + E) and counts (H, E).
 void route(float* logits, const float* bias, const float* selection_bias, const bool* mask, int64_t T, int64_t H,
-              int64_t E, int64_t k, float* gates, float* sums, float* counts, int threads) {
+           int64_t E, int64_t k, float* gates, float* sums, float* counts, int threads) {
   const int64_t blocks = (T + BLOCK - 1) / BLOCK, width = 1 + 2 * E;
   std::vector<float> partials(blocks * H * width, 0.0f);
 #pragma omp parallel num_threads(threads)
@@ -87,8 +87,8 @@ void route(float* logits, const float* bias, const float* selection_bias, const 
 }
 
 // The gradient of the logits (T, H, E), from that of the gates (or none) and that of the sums (or none).
-void route_backward(const float* dgates, const float* dsums, const float* logits, const float* gates,
-                       const bool* mask, int64_t T, int64_t H, int64_t E, int64_t k, float* dlogits, int threads) {
+void route_backward(const float* dgates, const float* dsums, const float* logits, const float* gates, const bool* mask,
+                    int64_t T, int64_t H, int64_t E, int64_t k, float* dlogits, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> probs(E);
