@@ -375,7 +375,8 @@ def _spent(shares: Mapping[str, float]) -> str:
 _NAMES = (
     ("nvjet", "cuBLAS"),
     ("## Call CompiledFxGraph", "compiled passes"),
-    ("GeneratedBackwardFor_molora|molora::", "molora's Python"),  # an operator's own time, without what it calls
+    (r"molora\.", "C++ kernels"),
+    ("GeneratedBackwardFor_molora|molora::|_Node", "molora's Python"),  # an operator's own time, without what it calls
 )
 """How profilers call a thing, and we."""
 

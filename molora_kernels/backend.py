@@ -2,7 +2,8 @@
 
 - ``triton``: the kernels; CUDA devices (or, with ``TRITON_INTERPRET=1``, the interpreter on any device).
 - ``torch``: plain PyTorch with a hand-written backward; any device.
-- ``inductor``: the same with what lies between its matrix products compiled to C++ at first use; CPUs with a compiler.
+- ``inductor``: the same with C++ kernels for experts and routers, and what lies between other matrix products compiled
+  too, all at first use; CPUs with a compiler.
 - ``reference``: the specification, eager and differentiated by autograd; any device, any dtype up to fp64. Slow.
 - ``auto``: ``triton`` for CUDA tensors when Triton is installed, ``inductor`` for CPU tensors when a C++ compiler is,
   else ``torch``.

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 from molora_kernels import backend
 
@@ -34,10 +35,21 @@ def functions(source: Path, signatures: tuple[tuple[str, str], ...]) -> Function
     )
     found: Functions = {}
     for name, kinds in signatures:
-        function = found[name] = getattr(library, name)
+        function = getattr(library, name)
         arguments, _, result = kinds.partition(">")
         function.argtypes, function.restype = [_KINDS[kind] for kind in arguments], _KINDS.get(result)
+        found[name] = _seen_by_profilers(f"molora.{name}", function)
     return found
+
+
+def _seen_by_profilers(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        if not profiler._is_profiler_enabled:
+            return function(*arguments)
+        with profiler.record_function(name):
+            return function(*arguments)
+
+    return call
 
 
 def compiled(device: torch.device, load: Callable[[], Functions]) -> bool:

@@ -1,4 +1,4 @@
-"""A pytest plugin: C++ kernels are compiled with the address and undefined-behaviour sanitizers (``test_cpp.py``)."""
+"""A pytest plugin: C++ kernels are compiled with the address and undefined-behaviour sanitizers (``test_cpp_loader.py``)."""
 
 from __future__ import annotations
 
