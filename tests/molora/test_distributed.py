@@ -47,8 +47,16 @@ PACKED = ["data.packing=true", "moe.load_balance.type=aux_loss_free", "logging.m
 BF16 = ["model.load_precision.mode=bf16"]
 DROPOUT = ["injection.lora_dropout=0.2"]
 SPLITS = {
-    f"{b}x{a}": [f"training.batch_size={b}", f"training.grad_accum_steps={a}"] for b, a in ((8, 1), (4, 2), (2, 4))
+    f"{b}x{a}": [f"training.batch_size={b}", f"training.grad_accum_steps={a}"]
+    for b, a in ((8, 1), (4, 2), (2, 4), (1, 8))
 }
+ORDERS = {
+    f"{split} {kernels}": [*SPLITS[split], *more]
+    for kernels, more in (("", []), ("dense", ["kernels.form=dense"]), ("torch", ["kernels.backend=torch"]))
+    for split in SPLITS
+}
+"""Of the same sums. The largest difference of a weight is that of one whose gradient is nearly nothing, of which Adam
+makes as large a step as of any: few orders do not show how large it gets."""
 MEASURED = ("loss", "z_loss", "load_balance", "grad_norm", "val_loss")
 
 
@@ -132,9 +140,9 @@ def one_process(tiny_model_dir: Path, rows: Path, folder: Path) -> dict[str, tup
     """Runs of 8 rows a step, and how far apart other orders of the same sums are: the rounding that is allowed."""
     runs = {}
     for name, more in (("plain", []), ("packed", PACKED)):
-        for split in SPLITS:
-            alone(*arguments(tiny_model_dir, rows, folder / f"{name} {split}", *SPLITS[split], *more))
-        first, *others = [folder / f"{name} {split}" for split in SPLITS]
+        for order, settings in ORDERS.items():
+            alone(*arguments(tiny_model_dir, rows, folder / f"{name} {order}".strip(), *settings, *more))
+        first, *others = [folder / f"{name} {order}".strip() for order in ORDERS]
         runs[name] = first, 2 * torch.stack([distance(first, other) for other in others]).amax(0)
     alone(*arguments(tiny_model_dir, rows, folder / "bf16 8x1", *SPLITS["8x1"], *BF16))
     return runs

@@ -1,4 +1,4 @@
-"""A pytest plugin: C++ kernels are compiled with the address and undefined-behaviour sanitizers (``test_cpp_loader.py``)."""
+"""A pytest plugin of ``test_cpp_loader.py``: C++ kernels are compiled with g++'s sanitizers."""
 
 from __future__ import annotations
 
