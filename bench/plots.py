@@ -125,9 +125,13 @@ def _dtype(sweep: Result) -> str:
 
 
 def _title(sweep: Result) -> str:
-    shape, over = sweep["runs"][0]["shape"], sweep["over"]
+    """What is swept, and on what."""
+    shape, over, of = sweep["runs"][0]["shape"], sweep["over"], sweep["provenance"]
+    machine = of["gpu"] if shape["device"] == "cuda" else of["cpu"].split(",")[0].replace("(R)", "")
     if over == "layers":
-        return f"training step, hidden {shape['config']['hidden_size']}, {shape['dtype']}, T = {shape['tokens']:,}"
-    letters = {"tokens": "T", "experts": "E", "top_k": "k", "rank": "r"}
-    fixed = ", ".join(f"{letter} = {shape[key]:,}" for key, letter in letters.items() if key != over)
-    return f"MLP, hidden {shape['hidden']:,}, {shape['dtype']}, {fixed}"
+        what = f"training step, hidden {shape['config']['hidden_size']}, {shape['dtype']}, T = {shape['tokens']:,}"
+    else:
+        letters = {"tokens": "T", "experts": "E", "top_k": "k", "rank": "r"}
+        fixed = ", ".join(f"{letter} = {shape[key]:,}" for key, letter in letters.items() if key != over)
+        what = f"MLP, hidden {shape['hidden']:,}, {shape['dtype']}, {fixed}"
+    return f"{what}\n{machine}"

@@ -7,8 +7,7 @@ them (TORCHINDUCTOR_CACHE_DIR).
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,7 @@ _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "b": c
 """Arguments: an address (:func:`address`), a number, a factor, a flag, threads."""
 
 
-@functools.cache
-def functions(source: Path, signatures: tuple[tuple[str, str], ...]) -> Functions:
+def functions(source: Path, signatures: Iterable[tuple[str, str]]) -> Functions:
     """Of a file, those functions that are named, each with the kinds of its arguments and, after ``>``, of what it
     returns."""
     from torch._inductor.codecache import CppCodeCache  # takes a second, so not before it is needed

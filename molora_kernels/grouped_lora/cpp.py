@@ -376,5 +376,6 @@ _SIGNATURES = (
 )
 
 
+@functools.cache
 def _functions() -> cpp.Functions:
     return cpp.functions(Path(__file__).with_name("experts.cpp"), _SIGNATURES)

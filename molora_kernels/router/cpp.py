@@ -5,6 +5,7 @@ take longer than products do.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -62,5 +63,6 @@ def _flags(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.to(torch.bool).contiguous()
 
 
+@functools.cache
 def _functions() -> cpp.Functions:
     return cpp.functions(Path(__file__).with_name("router.cpp"), _SIGNATURES)
