@@ -13,8 +13,7 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 
 import torch
 from torch import Tensor
@@ -28,6 +27,8 @@ class _Workspace(threading.local):
     def __init__(self) -> None:
         self.take(0)
         self.used = 0
+        self.starts: list[int] = []
+        """What was used when each scope that is not left yet was entered."""
 
     def take(self, size: int) -> None:
         with torch.inference_mode(False):  # or ordinary calls could not write to it
@@ -50,14 +51,14 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
 _own = _Workspace()
 
 
-@contextmanager
-def scope() -> Iterator[None]:
+class scope(ContextDecorator):
     """What :func:`empty` gives inside may be overwritten once this is left: it must not be returned or saved."""
-    start = _own.used
-    try:
-        yield
-    finally:
-        _own.used = start
+
+    def __enter__(self) -> None:
+        _own.starts.append(_own.used)
+
+    def __exit__(self, *_: object) -> None:
+        start = _own.used = _own.starts.pop()
         if start == 0 and _own.wanted > len(_own.memory):
             _own.take(_own.wanted)
 

@@ -277,12 +277,12 @@ void grad(const T* x, int64_t ldx, const float* columns, int64_t ldc, int64_t F,
   {
     float *rows = kept<0>(GRAD_ROWS * BLOCK), *of_others = kept<1>(GRAD_ROWS * Q), *sums = kept<2>((R + Q) * BLOCK);
     // To ``many`` sums that follow one another, of as many columns, from all that rows has.
-    auto add = [&](const float* from, int64_t ld, int64_t many, int64_t V, float* to) {
+    auto accumulate = [&](const float* from, int64_t ld, int64_t many, int64_t V, float* to) {
       for (int64_t i = 0; i < many;) {
         const int64_t step = many - i >= GRAD_COLUMNS ? GRAD_COLUMNS : many - i >= 4 ? 4 : 1;
         for (int64_t j = 0; j < BLOCK; j += GRAD_FEATURES) {
-          auto tile = step == GRAD_COLUMNS ? grad_tile<GRAD_COLUMNS> : step == 4 ? grad_tile<4> : grad_tile<1>;
-          tile(from + i, ld, rows + j, BLOCK, V, to + i * BLOCK + j, BLOCK);
+          auto own = step == GRAD_COLUMNS ? grad_tile<GRAD_COLUMNS> : step == 4 ? grad_tile<4> : grad_tile<1>;
+          own(from + i, ld, rows + j, BLOCK, V, to + i * BLOCK + j, BLOCK);
         }
         i += step;
       }
@@ -300,8 +300,8 @@ void grad(const T* x, int64_t ldx, const float* columns, int64_t ldc, int64_t F,
             for (int64_t q = 0; q < Q; q++) of_others[i * Q + q] = others[tokens[v + i] * Q + q];
           }
           for (int64_t m = 0; m < M; m++)
-            add(columns + v * ldc + m * r, ldc, r, V, sums + experts[g * M + m] * r * BLOCK);
-          add(of_others, Q, Q, V, sums + R * BLOCK);
+            accumulate(columns + v * ldc + m * r, ldc, r, V, sums + experts[g * M + m] * r * BLOCK);
+          accumulate(of_others, Q, Q, V, sums + R * BLOCK);
         }
       }
       for (int64_t c = 0; c < R; c++)
