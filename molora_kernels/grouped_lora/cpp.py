@@ -9,6 +9,7 @@ of ``portable.py`` where there are no gates. Adapters are multiplied in fp32, wh
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,8 +78,12 @@ def forward(
     dropped = Dropout(dropout_seed, dropout_p, stream).dropped(x_TK)
     orders = _orders(gates_THE, products, top_k, len(x_TK))
     s = x_TK.new_empty(len(x_TK), products * _columns(lora_a_RK[0], gates_THE, top_k))
-    outputs = []
-    for g, (order, s_VC, b) in enumerate(zip(orders, parts(s, orders), lora_b_NR, strict=True)):
+    outputs, gated = [], []
+    for g, (order, a_RK, s_VC) in enumerate(_of_input(lora_a_RK, dropout_p, s, orders)):
+        gated.append(shrink(dropped, a_RK, order, _head(gates_THE, g), scaling, s_VC))
+    if gates_THE is None:
+        gated = gated[0].chunk(products, dim=1)
+    for g, (order, gated_VC, b) in enumerate(zip(orders, gated, lora_b_NR, strict=True)):
         y = workspace.lasting(x_TK, len(x_TK), len(b))
         if not weights_NK:
             y.zero_()
@@ -86,8 +91,7 @@ def forward(
             torch.mm(x_TK, weights_NK[g].T, out=y)
         else:
             torch.addmm(biases_N[g], x_TK, weights_NK[g].T, out=y)
-        gated = shrink(dropped, _scaled(lora_a_RK[g], dropout_p), order, _head(gates_THE, g), scaling, s_VC)
-        expand_(y, gated, _in_fp32(b), order, across=False)
+        expand_(y, gated_VC, _in_fp32(b), order, across=False)
         outputs.append(y)
     return outputs, s
 
@@ -119,7 +123,8 @@ def backward(
         dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, workspace.lasting(x_TK, *x_TK.shape), orders=orders)
     if need_dlora:
         da = lora_a_RK[0].new_empty(len(lora_a_RK) * len(lora_a_RK[0]), x_TK.shape[1])
-        to_adapter(x_TK, ds, dropout, out=list(da.chunk(len(lora_a_RK))), orders=orders)
+        out = [da] if gates_THE is None else list(da.chunk(len(lora_a_RK)))  # together, as in _of_input
+        to_adapter(x_TK, ds, dropout, out, orders=orders[: len(out)])
     return dx, da, db, dgates
 
 
@@ -171,8 +176,8 @@ def to_input(
             out.addmm_(dy, weight)
         terms.clear()
     ride = not dropout.p and orders[0].once  # else a token would get the others' more than once, or dropped
-    for i, (a, order, ds_VC) in enumerate(zip(lora_a_RK, orders, parts(ds, orders), strict=True)):
-        expand_(out, ds_VC, _scaled(a, dropout.p), order, *(others if ride and i == 0 else ()))
+    for i, (order, a_RK, ds_VC) in enumerate(_of_input(lora_a_RK, dropout.p, ds, orders)):
+        expand_(out, ds_VC, a_RK, order, *(others if ride and i == 0 else ()))
     dropout.drop_(out)
     for dy, weight in terms:
         out.addmm_(dy, weight)
@@ -362,9 +367,14 @@ def _in_fp32(x: Tensor) -> Tensor:
     return workspace.cast(x, torch.float32).contiguous()
 
 
-def _scaled(lora_a_RK: Tensor, dropout_p: float) -> Tensor:
-    """fp32, times what dropout's survivors are multiplied by."""
-    return portable.joined([lora_a_RK], torch.float32, survivor_scale(dropout_p)).contiguous()
+def _of_input(
+    lora_a_RK: list[Tensor], dropout_p: float, s: Tensor, orders: list[Groups]
+) -> Iterator[tuple[Groups, Tensor, Tensor]]:
+    """Order, A (fp32, times what dropout's survivors are multiplied by) and columns of each projection; of all together
+    where there are no gates, since then they are one LoRA as far as their input goes."""
+    together = [lora_a_RK] if not orders[0].routed else [[a] for a in lora_a_RK]
+    for order, adapters, s_VC in zip(orders, together, parts(s, orders[: len(together)]), strict=False):
+        yield order, portable.joined(adapters, torch.float32, survivor_scale(dropout_p)).contiguous(), s_VC
 
 
 _GROUPS = "pppnn"
