@@ -11,13 +11,18 @@ from lora_cases import CASES, DTYPES, LoraCase, check, lora_inputs, results
 from torch import Tensor
 
 from molora_kernels import grouped_lora, use_backend, use_form
-from molora_kernels.backend import Backend
+from molora_kernels.backend import Backend, compiler_installed
 from molora_kernels.grouped_lora import cost, op, portable, portable_grouped
 from molora_kernels.grouped_lora.dispatch import Form
 
 SMALL = LoraCase(T=5, K=6, N=(4, 3), E=2, r=2, H=2, chosen=1, p=0.2, bias=True)
 FORMS: tuple[Form, ...] = ("dense", "grouped")
-PORTABLE: tuple[Backend, ...] = ("torch", "inductor")
+PORTABLE = [
+    "torch",
+    pytest.param(
+        "inductor", marks=pytest.mark.skipif(not compiler_installed(), reason="there is no C++ compiler here")
+    ),
+]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from molora_kernels import Routing, router, use_backend
+from molora_kernels.backend import compiler_installed
 from molora_kernels.router import op, portable, reference
 from molora_kernels.testing import RouterInputs, assert_within_budget, router_inputs
 
@@ -20,6 +21,9 @@ def _torch_backend() -> Iterator[None]:
         yield
 
 
+INDUCTOR = pytest.param(
+    "inductor", marks=pytest.mark.skipif(not compiler_installed(), reason="there is no C++ compiler here")
+)
 SHAPES = [(1, 8, 1, 2, 1), (5, 7, 1, 4, 2), (33, 16, 2, 4, 2), (300, 9, 3, 5, 3), (17, 12, 2, 64, 8), (6, 5, 1, 4, 4)]
 
 
@@ -36,7 +40,7 @@ def run(inputs: RouterInputs, top_k: int, backend: str) -> list[Tensor]:
     return [*(t.detach() for t in routing), *(t.grad for t in leaves if t.grad is not None)]
 
 
-@pytest.mark.parametrize("backend", ["torch", "inductor"])
+@pytest.mark.parametrize("backend", ["torch", INDUCTOR])
 @pytest.mark.parametrize("extras", [{}, {"bias": True}, {"mask": True}, {"bias": True, "selection_bias": True}])
 @pytest.mark.parametrize(("tokens", "features", "heads", "experts", "top_k"), SHAPES)
 def test_portable_backends_against_reference(
@@ -68,7 +72,7 @@ def losses(routing: Routing, tokens: int, top_k: int) -> tuple[Tensor, Tensor]:
     return routing.sums[:, 0] / tokens, balance
 
 
-@pytest.mark.parametrize("backend", ["torch", "inductor", "reference"])
+@pytest.mark.parametrize("backend", ["torch", INDUCTOR, "reference"])
 def test_vectors_of_the_losses(backend: str) -> None:
     """E = 4, k = 2: zero logits; balanced choices; all tokens on the same two experts with probability 1/2 each."""
     with use_backend(backend):
@@ -85,14 +89,14 @@ def test_vectors_of_the_losses(backend: str) -> None:
         assert balance.item() == pytest.approx(2.0, rel=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["torch", "inductor", "reference"])
+@pytest.mark.parametrize("backend", ["torch", INDUCTOR, "reference"])
 def test_ties_go_to_the_lower_index(backend: str) -> None:
     with use_backend(backend):
         gates = router(torch.zeros(3, 8), torch.zeros(2, 6, 8), top_k=2).gates
     assert torch.equal(gates, torch.tensor([0.5, 0.5, 0, 0, 0, 0]).expand(3, 2, 6))
 
 
-@pytest.mark.parametrize("backend", ["torch", "inductor", "reference"])
+@pytest.mark.parametrize("backend", ["torch", INDUCTOR, "reference"])
 def test_one_expert_keeps_its_probability_and_trains_its_router(backend: str) -> None:
     inputs = router_inputs(9, 8, 1, 4)
     weight = inputs.weight.clone().requires_grad_()
@@ -104,7 +108,7 @@ def test_one_expert_keeps_its_probability_and_trains_its_router(backend: str) ->
     assert grad.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("backend", ["torch", "inductor", "reference"])
+@pytest.mark.parametrize("backend", ["torch", INDUCTOR, "reference"])
 def test_chosen_gates_sum_to_one_and_selection_bias_only_selects(backend: str) -> None:
     inputs = router_inputs(11, 8, 1, 4)
     push = torch.tensor([[0.0, 0.0, 0.0, 10.0]])
