@@ -86,7 +86,8 @@ def synthetic_sweep(over: str) -> dict[str, Any]:
         floors = {"flops_dense": 1.2, "flops_sparse": 1.1, "roofline_dense": 1.3, "roofline_grouped": 1.4}
         run = {"shape": shape, "rows": rows, "chosen_form": "dense", "floors": floors}
         runs.append(run)
-    return {"op": "sweep", "over": over, "threads": 1, "runs": runs}
+    machine = {"cpu": "Intel(R) Xeon(R) Processor, avx512f", "gpu": None}
+    return {"op": "sweep", "over": over, "threads": 1, "runs": runs, "provenance": machine}
 
 
 def test_plots_are_drawn_for_every_sweep(tmp_path: Path) -> None:
@@ -95,6 +96,7 @@ def test_plots_are_drawn_for_every_sweep(tmp_path: Path) -> None:
     drawn = plots.draw(results, tmp_path)
     assert [path.name for path in drawn] == ["cpu-tokens.png", "cpu-sweeps.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert plots._title(results["sweep-cpu-fp32-rank"]).endswith("T = 64, E = 8, k = 2\nIntel Xeon Processor")
 
 
 def test_what_the_dispatch_rule_loses_is_shown() -> None:
