@@ -39,7 +39,7 @@ def compiled(rows: Tensor) -> bool:
 
 def one_pass(rows: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Mark a function that fills tensors which it is given. Its first ``rows`` arguments are tensors of one length:
-    what it writes to a row of them, or where that row's indices point, depends on no other row."""
+    what it writes to a row of them depends on no other row."""
 
     def mark(function: Callable[..., None]) -> Callable[..., None]:
         compile_ = functools.cache(lambda: torch.compile(function, fullgraph=True, dynamic=True))
