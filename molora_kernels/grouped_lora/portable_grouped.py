@@ -111,7 +111,7 @@ def to_shrink(
             own, gated_VC, own_dgates = gate_backward(dgated_VC, s_VC, order, scaling)
             ds_VC.copy_(own)
             if need_dlora:
-                db.append(adapter_grad(dy_VN, gated_VC, order, b.dtype)[0].T.contiguous())
+                db.append(adapter_grad(dy_VN, gated_VC, order, b.dtype).T.contiguous())
             if need_dgates:
                 add_dgates_(dgates[min(g, len(dgates) - 1)], own_dgates, order)
     return ds, db, torch.stack(dgates, dim=1) if need_dgates else s.new_empty(0)
@@ -161,7 +161,7 @@ def to_adapter(
     for own, order, ds_VC in zip(out, orders, parts(ds, orders), strict=True):
         with workspace.scope():
             x_VK = dropout.drop_(sorted_rows(x_TK, order), order.tokens)
-            own.copy_(adapter_grad(x_VK, ds_VC, order, own.dtype)[0])
+            own.copy_(adapter_grad(x_VK, ds_VC, order, own.dtype))
         if dropout.p:
             own.mul_(survivor_scale(dropout.p))
     return others_CK
@@ -217,52 +217,39 @@ def shrink(rows_VF: Tensor, adapter_RF: Tensor, order: Order, out: Tensor | None
     return s_VC
 
 
-def expand_(
-    rows_VF: Tensor, columns_VC: Tensor, adapter_RF: Tensor, order: Order, everyone_EF: Tensor | None = None
-) -> Tensor:
-    """Adds to each row its columns times those rows of the adapter that are its experts'; then those of ``everyone``,
-    if there are, to which the last columns belong."""
+def expand_(rows_VF: Tensor, columns_VC: Tensor, adapter_RF: Tensor, order: Order) -> Tensor:
+    """Adds to each row its columns times those rows of the adapter that are its experts'."""
     with workspace.scope():
-        adapters = of_experts(adapter_RF, order, everyone_EF)
+        adapters = of_experts(adapter_RF, order)
         for y, s, b in zip(_of_groups(rows_VF, order), _of_groups(columns_VC, order), adapters, strict=True):
             y.addmm_(s, b)
     return rows_VF
 
 
-def adapter_grad(
-    rows_VF: Tensor, columns_VC: Tensor, order: Order, dtype: torch.dtype, everyone: int = 0
-) -> tuple[Tensor, Tensor]:
-    """``columns^T rows`` of each group: (R, F), added to the rows of its experts, and (E, F), the sum over all groups
-    of what the last columns give, that are ``everyone``'s, in fp32 at least. Laid out as the products are."""
-    chosen = order.experts.shape[1]
-    rank = (columns_VC.shape[1] - everyone) // chosen
+def adapter_grad(rows_VF: Tensor, columns_VC: Tensor, order: Order, dtype: torch.dtype) -> Tensor:
+    """``columns^T rows`` of each group, added to the rows of its experts: (R, F), laid out as the products are."""
+    rank = columns_VC.shape[1] // order.experts.shape[1]
     grad_RF = portable.zeros_over_rows(rows_VF, order.total * rank, dtype)
-    grad_EF = portable.zeros_over_rows(rows_VF, everyone, torch.promote_types(torch.float32, rows_VF.dtype))
-    of_expert, sizes = grad_RF.split(rank), [rank] * chosen + [everyone]
+    of_expert = grad_RF.split(rank)
     with workspace.scope():
         products = portable.over_groups(rows_VF, columns_VC, order.sizes)
         for experts, products_CF in zip(order.groups, products, strict=True):
-            *own, others = products_CF.split(sizes)
-            for expert, part in zip(experts, own, strict=True):
+            for expert, part in zip(experts, products_CF.split(rank), strict=True):
                 of_expert[expert].add_(part)
-            if everyone:
-                grad_EF.add_(others)
-    return grad_RF, grad_EF
+    return grad_RF
 
 
-def of_experts(adapter_RF: Tensor, order: Order, everyone_EF: Tensor | None = None) -> list[Tensor]:
-    """Of each group, those rows of an adapter that are its experts', and those of ``everyone``: (C, F). Of neighbours
-    they are a view."""
-    rank, everyone = len(adapter_RF) // order.total, [] if everyone_EF is None else [everyone_EF]
-    columns = rank * order.experts.shape[1] + sum(map(len, everyone))
+def of_experts(adapter_RF: Tensor, order: Order) -> list[Tensor]:
+    """Of each group, those rows of an adapter that are its experts': (C, F). Of neighbours they are a view."""
+    rank = len(adapter_RF) // order.total
     of_expert, found = adapter_RF.split(rank), []
     for experts in order.groups:
         first, last = experts[0], experts[-1]
-        if not everyone and last - first + 1 == len(experts):
+        if last - first + 1 == len(experts):
             found.append(adapter_RF[first * rank : (last + 1) * rank])
         else:
-            room = workspace.empty(adapter_RF, columns, adapter_RF.shape[1])
-            found.append(torch.cat([of_expert[expert] for expert in experts] + everyone, out=room))
+            room = workspace.empty(adapter_RF, rank * len(experts), adapter_RF.shape[1])
+            found.append(torch.cat([of_expert[expert] for expert in experts], out=room))
     return found
 
 
