@@ -8,8 +8,9 @@ of ``portable.py`` where there are no gates. Adapters are multiplied in fp32, wh
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,25 +39,21 @@ def serves(x: Tensor, gates_THE: Tensor | None) -> bool:
     return gates_THE.shape[2] <= MOST_EXPERTS
 
 
-class Groups(NamedTuple):
-    """Visits of tokens, as in ``order.Order``."""
+class Orders(NamedTuple):
+    """How tokens are grouped, for each head of the gates; without gates they are not."""
 
-    tokens: Tensor
-    """(V,) int64"""
-    starts: Tensor
-    """(groups + 1,) int64 and more"""
-    experts: Tensor
-    """(groups, M) int64 and more"""
-    groups: int
+    table: Tensor | None
+    """(H, size) int64: what ``order`` of experts.cpp writes."""
+    experts: int
+    """E; 1 without gates."""
+    visits: int
+    """V"""
     chosen: int
     """M"""
+    most: int
+    """Groups that there is room for."""
     once: bool
     """Whether each token is visited once."""
-    routed: bool = True
-    """Whether there are gates."""
-
-    def arguments(self) -> tuple[int, ...]:
-        return self.tokens.data_ptr(), self.starts.data_ptr(), self.experts.data_ptr(), self.groups, self.chosen
 
 
 @workspace.scope()
@@ -74,25 +71,27 @@ def forward(
     top_k: int,
 ) -> tuple[list[Tensor], Tensor]:
     """One (T, N) output per projection, and the ungated shrinks that backward needs."""
-    x_TK, products = _rows(x_TK), len(lora_a_RK)
+    x_TK, tokens, (rank, features) = _rows(x_TK), x_TK.shape[0], lora_a_RK[0].shape
     dropped = Dropout(dropout_seed, dropout_p, stream).dropped(x_TK)
-    orders = _orders(gates_THE, products, top_k, len(x_TK))
-    s = x_TK.new_empty(len(x_TK), products * _columns(lora_a_RK[0], gates_THE, top_k))
-    outputs, gated = [], []
-    for g, (order, a_RK, s_VC) in enumerate(_of_input(lora_a_RK, dropout_p, s, orders)):
-        gated.append(shrink(dropped, a_RK, order, _head(gates_THE, g), scaling, s_VC))
-    if gates_THE is None:
-        gated = gated[0].chunk(products, dim=1)
-    for g, (order, gated_VC, b) in enumerate(zip(orders, gated, lora_b_NR, strict=True)):
-        y = workspace.lasting(x_TK, len(x_TK), len(b))
+    outputs = []
+    for g, b_NR in enumerate(lora_b_NR):
+        y = workspace.lasting(x_TK, tokens, b_NR.shape[0])
         if not weights_NK:
             y.zero_()
         elif not biases_N:
             torch.mm(x_TK, weights_NK[g].T, out=y)
         else:
             torch.addmm(biases_N[g], x_TK, weights_NK[g].T, out=y)
-        expand_(y, gated_VC, _in_fp32(b), order, across=False)
         outputs.append(y)
+    if gates_THE is not None:
+        rank = rank // gates_THE.shape[2] * top_k
+    s = x_TK.new_empty(tokens, len(outputs) * rank)
+    orders = orders_of(gates_THE, len(outputs), top_k)
+    scratch = s.numel() + sum((features + b.shape[0]) * b.shape[1] for b in lora_b_NR)
+    _run(
+        "forward", orders, gates_THE, s, x=dropped, y=outputs, a=lora_a_RK, b=lora_b_NR, scratch=scratch,
+        scaling=scaling, factor=survivor_scale(dropout_p),
+    )  # fmt: skip
     return outputs, s
 
 
@@ -115,16 +114,15 @@ def backward(
     top_k: int,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     """dx (T, K), da (G * R, K), db (N, R) per projection, dgates (T, H, E); what is not needed has zero elements."""
-    dropout = Dropout(dropout_seed, dropout_p, stream)
-    orders = _orders(gates_THE, len(lora_a_RK), top_k, len(x_TK))
+    dropout, projections = Dropout(dropout_seed, dropout_p, stream), len(lora_a_RK)
+    orders = orders_of(gates_THE, projections, top_k)
     ds, db, dgates = to_shrink(dys_TN, lora_b_NR, gates_THE, s, scaling, need_dlora, need_dgates, orders=orders)
     dx, da = x_TK.new_empty(0), x_TK.new_empty(0)
     if need_dx:
         dx = to_input(dys_TN, weights_NK, lora_a_RK, ds, dropout, workspace.lasting(x_TK, *x_TK.shape), orders=orders)
     if need_dlora:
-        da = lora_a_RK[0].new_empty(len(lora_a_RK) * len(lora_a_RK[0]), x_TK.shape[1])
-        out = [da] if gates_THE is None else list(da.chunk(len(lora_a_RK)))  # together, as in _of_input
-        to_adapter(x_TK, ds, dropout, out, orders=orders[: len(out)])
+        da = lora_a_RK[0].new_empty(projections * lora_a_RK[0].shape[0], x_TK.shape[1])
+        to_adapter(x_TK, ds, dropout, list(da.chunk(projections)), orders=orders)
     return dx, da, db, dgates
 
 
@@ -137,20 +135,17 @@ def to_shrink(
     need_dlora: bool,
     need_dgates: bool,
     *,
-    orders: list[Groups],
+    orders: Orders,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """ds (fp32), laid out as the shrinks are, and db and dgates as in :func:`backward`."""
-    ds, db = workspace.empty(s, *s.shape, dtype=torch.float32), []
-    dgates = None if gates_THE is None or not need_dgates else gates_THE.new_zeros(gates_THE.shape)
-    shrinks = zip(parts(s, orders), parts(ds, orders), strict=True)
-    for g, (dy, b, order, (s_VC, ds_VC)) in enumerate(zip(dys_TN, lora_b_NR, orders, shrinks, strict=True)):
-        with workspace.scope():
-            dy = _rows(dy)
-            of_gates = _head(gates_THE, g), scaling, s_VC, ds_VC, _head(dgates, g)
-            gated = unexpand(dy, _in_fp32(b), order, *of_gates)
-            if need_dlora:
-                db.append(grad(dy, gated, b.new_empty(b.shape), order, across=True))
-    return ds, db, s.new_empty(0) if dgates is None else dgates
+    ds = workspace.empty(s, *s.shape, dtype=torch.float32)
+    db = [b.new_empty(b.shape) for b in lora_b_NR] if need_dlora else []
+    dgates = s.new_empty(0) if gates_THE is None or not need_dgates else gates_THE.new_zeros(gates_THE.shape)
+    _run(
+        "to_shrink", orders, gates_THE, s, ds=ds, y=[_rows(dy) for dy in dys_TN], b=lora_b_NR, db=db, dgates=dgates,
+        scaling=scaling, scratch=s.numel(),
+    )  # fmt: skip
+    return ds, db, dgates
 
 
 def to_input(
@@ -163,7 +158,7 @@ def to_input(
     dlogits_TE: Tensor | None = None,
     router_weights_EK: Tensor | None = None,
     *,
-    orders: list[Groups],
+    orders: Orders,
 ) -> Tensor:
     """dx (T, K) in ``out``: of the frozen weights, the experts and, if given, the routers."""
     others = () if dlogits_TE is None or router_weights_EK is None else (dlogits_TE, router_weights_EK)
@@ -175,9 +170,11 @@ def to_input(
         for dy, weight in terms:
             out.addmm_(dy, weight)
         terms.clear()
-    ride = not dropout.p and orders[0].once  # else a token would get the others' more than once, or dropped
-    for i, (order, a_RK, ds_VC) in enumerate(_of_input(lora_a_RK, dropout.p, ds, orders)):
-        expand_(out, ds_VC, a_RK, order, *(others if ride and i == 0 else ()))
+    ride = not dropout.p and orders.once  # else a token would get the others' more than once, or dropped
+    _run(
+        "to_input", orders, None, ds, ds=ds, x=out, a=lora_a_RK, others=others if ride else (),
+        factor=survivor_scale(dropout.p),
+    )  # fmt: skip
     dropout.drop_(out)
     for dy, weight in terms:
         out.addmm_(dy, weight)
@@ -193,169 +190,119 @@ def to_adapter(
     out: list[Tensor],
     columns_TC: Tensor | None = None,
     *,
-    orders: list[Groups],
+    orders: Orders,
 ) -> Tensor:
     """da (R, K) of each projection in ``out``. Returns (C, K): the transposed product of x^T with ``columns``, which
     are others'."""
     x_TK = _rows(x_TK)
-    dropped, ride = dropout.dropped(x_TK), not dropout.p and orders[0].once
-    others_CK = x_TK.new_empty(0, x_TK.shape[1])
-    if not ride:
-        others_CK = portable.over_rows(x_TK, *(() if columns_TC is None else (columns_TC,)))
-    for i, (own, order, ds_VC) in enumerate(zip(out, orders, parts(ds, orders), strict=True)):
-        others = None
-        if columns_TC is not None and ride and i == 0:
-            others = _in_fp32(columns_TC)
-            others_CK = x_TK.new_empty(others.shape[1], x_TK.shape[1], dtype=torch.float32)
-        grad(dropped, ds_VC, own, order, others, others_CK, factor=survivor_scale(dropout.p))
+    columns, others = () if columns_TC is None else (columns_TC,), ()
+    if dropout.p or not orders.once:  # as in to_input
+        others_CK = portable.over_rows(x_TK, *columns)
+    else:
+        others_CK = x_TK.new_empty(columns[0].shape[1] if columns else 0, x_TK.shape[1], dtype=torch.float32)
+        others = (*columns, others_CK) if columns else ()
+    _run(
+        "to_adapter", orders, None, ds, ds=ds, x=dropout.dropped(x_TK), da=out, others=others,
+        factor=survivor_scale(dropout.p),
+    )  # fmt: skip
     return others_CK
+
+
+def orders_of(gates_THE: Tensor | None, projections: int, top_k: int) -> Orders:
+    """Of gates (T, H, E); ``projections`` is for whoever needs one order for each."""
+    if gates_THE is None:
+        return Orders(None, 1, 0, 0, 0, once=True)
+    tokens, heads, experts = gates_THE.shape
+    by_set = sorted_by_set(experts, top_k)
+    visits, chosen, most = (tokens, top_k, MOST_SETS) if by_set else (tokens * top_k, 1, experts)
+    table = gates_THE.new_empty(heads, 2 + most + most * chosen + visits, dtype=torch.int64)
+    _functions()["order"](
+        gates_THE.contiguous().data_ptr(), tokens, heads, experts, top_k, by_set, most, table.data_ptr()
+    )
+    return Orders(table, experts, visits, chosen, most, by_set)
 
 
 # --- the kernels -------------------------------------------------------------------------------------------------
 
 
-def shrink(x_TF: Tensor, w_RF: Tensor, order: Groups, gates_TE: Tensor | None, scaling: float, s_VC: Tensor) -> Tensor:
-    """x times each visit's experts, in ``s``, and (V, C) fp32 in the workspace: that times ``scaling * gate``."""
-    gated = workspace.empty(s_VC, *s_VC.shape, dtype=torch.float32)
-    _shrink(x_TF, w_RF, True, order, gates_TE, scaling, s_VC, None, gated, None)
-    return gated
+class _Projection(ctypes.Structure):
+    """One of those that read the same input: the same fields as in experts.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b", "da", "db", "y")),
+        *((name, ctypes.c_int64) for name in ("ldy", "N")),
+        *((name, ctypes.c_void_p) for name in ("order", "gates", "dgates")),
+    )
 
 
-def unexpand(
-    dy_TF: Tensor,
-    w_FR: Tensor,
-    order: Groups,
-    gates_TE: Tensor | None,
-    scaling: float,
-    s_VC: Tensor,
-    ds_VC: Tensor,
-    dgates_TE: Tensor | None,
-) -> Tensor:
-    """The gradient of s in ``ds``, and the gated s again, as :func:`shrink` gives it; those of the chosen gates are
-    added to ``dgates``."""
-    gated = workspace.empty(s_VC, *s_VC.shape, dtype=torch.float32)
-    _shrink(dy_TF, w_FR, False, order, gates_TE, scaling, s_VC, ds_VC, gated, dgates_TE)
-    return gated
+class _Call(ctypes.Structure):
+    """What is computed, likewise."""
+
+    _fields_ = (
+        ("projections", ctypes.POINTER(_Projection)),
+        ("G", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("ldx", "T", "K", "E", "r", "M", "V", "most", "once", "ldg")),
+        *((name, ctypes.c_void_p) for name in ("scratch", "s", "ds", "others", "of_others")),
+        ("Q", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("scaling", "factor")),
+        ("threads", ctypes.c_int64),
+    )
 
 
-def _shrink(
-    x_TF: Tensor,
-    w: Tensor,
-    across: bool,
-    order: Groups,
-    gates_TE: Tensor | None,
-    scaling: float,
-    s_VC: Tensor,
-    ds_VC: Tensor | None,
-    gated_VC: Tensor,
-    dgates_TE: Tensor | None,
-) -> None:
-    with workspace.scope():
-        F, R = w.shape[::-1] if across else w.shape
-        room = workspace.empty(w, F, R) if across else None
-        _functions()[f"shrink_{DTYPES[x_TF.dtype]}"](
-            x_TF.data_ptr(), x_TF.stride(0), w.data_ptr(), across, F, R,
-            s_VC.shape[1] // order.chosen, *order.arguments(), address(gates_TE),
-            0 if gates_TE is None else gates_TE.stride(0), scaling, ds_VC is not None,
-            s_VC.data_ptr(), address(ds_VC), s_VC.stride(0), gated_VC.data_ptr(), address(dgates_TE),
-            address(room), torch.get_num_threads(),
-        )  # fmt: skip
-
-
-def expand_(
-    y_TF: Tensor,
-    columns_VC: Tensor,
-    w: Tensor,
-    order: Groups,
-    others_TQ: Tensor | None = None,
-    w_others_QF: Tensor | None = None,
+def _run(
+    function: str,
+    orders: Orders,
+    gates_THE: Tensor | None,
+    s: Tensor,
     *,
-    across: bool = True,
-) -> None:
-    """Adds to each visit's row its columns (fp32) times those rows of ``w`` (R, F) that are its experts', or columns if
-    it is not ``across``, (F, R); and what others, one row a token, make of theirs."""
-    with workspace.scope():
-        others = None if others_TQ is None else _in_fp32(others_TQ)
-        w_others = None if w_others_QF is None else _in_fp32(w_others_QF)
-        F, R = w.shape[::-1] if across else w.shape
-        room = None if across else workspace.empty(w, R, F)
-        _functions()[f"expand_{DTYPES[y_TF.dtype]}"](
-            y_TF.data_ptr(), y_TF.stride(0), columns_VC.data_ptr(), columns_VC.stride(0), w.data_ptr(), across, F, R,
-            columns_VC.shape[1] // order.chosen, *order.arguments(), order.once, address(others), address(w_others),
-            0 if others is None else others.shape[1], address(room), torch.get_num_threads(),
-        )  # fmt: skip
-
-
-def grad(
-    x_TF: Tensor,
-    columns_VC: Tensor,
-    out: Tensor,
-    order: Groups,
-    others_TQ: Tensor | None = None,
-    others_QF: Tensor | None = None,
-    *,
+    ds: Tensor | None = None,
+    x: Tensor | None = None,
+    y: Sequence[Tensor] = (),
+    a: Sequence[Tensor] = (),
+    b: Sequence[Tensor] = (),
+    da: Sequence[Tensor] = (),
+    db: Sequence[Tensor] = (),
+    dgates: Tensor | None = None,
+    others: Sequence[Tensor] = (),
+    scratch: int = 0,
+    scaling: float = 1.0,
     factor: float = 1.0,
-    across: bool = False,
-) -> Tensor:
-    """``factor * columns^T x`` of each visit (fp32), added up for its experts in ``out``, (R, F) or ``across`` (F, R).
-    That of ``others_TQ`` (fp32, one row a token) in ``others_QF``."""
-    d = out if out.dtype == torch.float32 and out.is_contiguous() else out.new_empty(out.shape, dtype=torch.float32)
-    F, R = d.shape if across else d.shape[::-1]
-    _functions()[f"grad_{DTYPES[x_TF.dtype]}"](
-        x_TF.data_ptr(), x_TF.stride(0), columns_VC.data_ptr(), columns_VC.stride(0), F, R,
-        columns_VC.shape[1] // order.chosen, *order.arguments(), factor, across, d.data_ptr(),
-        address(others_TQ), None if others_TQ is None else address(others_QF),
-        0 if others_TQ is None else others_TQ.shape[1], torch.get_num_threads(),
-    )  # fmt: skip
-    return out if d is out else out.copy_(d)
+) -> None:
+    """A function of experts.cpp, with what it asks for. ``ds`` is laid out as s; ``scratch``: so many fp32 numbers."""
+    with workspace.scope():
+        a, b, others = ([_in_fp32(t) for t in given] for given in (a, b, others))  # held until it returns, as is room
+        own_da, own_db = ([_own_or_fp32(t) for t in given] for given in (da, db))
+        room = workspace.empty(s, scratch, dtype=torch.float32)
+        gates = None if gates_THE is None else gates_THE.contiguous()
+        count = max(len(a), len(b), len(da))
+        addresses = [[t.data_ptr() for t in given] or [None] * count for given in (a, b, own_da, own_db, y)]
+        shapes = [(t.stride(0), t.shape[1]) for t in y] or [(0, 0)] * count
+        by_head = [_each_head(t, dim, count) for t, dim in ((orders.table, 0), (gates, 1), (dgates, 1))]
+        fields = zip(*addresses, *zip(*shapes, strict=True), *by_head, strict=True)
+        call = _Call(
+            projections=(_Projection * count)(*fields), G=count, T=s.shape[0], E=orders.experts, M=orders.chosen,
+            V=orders.visits, most=orders.most, once=orders.once, ldg=0 if gates is None else gates.stride(0),
+            r=(a[0].shape[0] if a else da[0].shape[0] if da else b[0].shape[1]) // orders.experts,
+            scratch=room.data_ptr(), s=s.data_ptr(), ds=address(ds), scaling=scaling, factor=factor,
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+        if x is not None:
+            call.x, call.ldx, call.K = x.data_ptr(), x.stride(0), x.shape[1]
+        if others:
+            call.others, call.of_others, call.Q = others[0].data_ptr(), others[1].data_ptr(), others[0].shape[1]
+        rows = y[0] if x is None else x
+        _functions()[f"{function}_{DTYPES[rows.dtype]}"](ctypes.byref(call))
+        for own, found in zip((*da, *db), (*own_da, *own_db), strict=True):
+            if own is not found:
+                own.copy_(found)
 
 
-def _orders(gates_THE: Tensor | None, projections: int, top_k: int, tokens: int) -> list[Groups]:
-    return [_everyone(tokens)] * projections if gates_THE is None else orders_of(gates_THE, projections, top_k)
-
-
-def orders_of(gates_THE: Tensor, projections: int, top_k: int) -> list[Groups]:
-    """The order of each projection; one for all if they share their gates."""
-    orders = [_order_of(_rows(gates), top_k) for gates in gates_THE.unbind(1)]
-    return orders if len(orders) > 1 else orders * projections
-
-
-def _order_of(gates_TE: Tensor, top_k: int) -> Groups:
-    tokens, experts = gates_TE.shape
-    once = sorted_by_set(experts, top_k)
-    chosen, most = (top_k, MOST_SETS) if once else (1, experts)
-    shapes = (tokens * (1 if once else top_k),), (most + 1,), (most, chosen)
-    visits, starts, of_groups = (gates_TE.new_empty(shape, dtype=torch.int64) for shape in shapes)
-    groups = _functions()["order"](
-        gates_TE.data_ptr(), gates_TE.stride(0), tokens, experts, top_k, MOST_SETS if once else 0,
-        visits.data_ptr(), starts.data_ptr(), of_groups.data_ptr(),
-    )  # fmt: skip
-    return Groups(visits, starts, of_groups, groups, chosen, once)
-
-
-@functools.lru_cache(maxsize=16)
-def _everyone(tokens: int) -> Groups:
-    """One group with one expert."""
-    visits, starts, experts = (torch.tensor(of, device="cpu") for of in (range(tokens), [0, tokens], [[0]]))
-    return Groups(visits, starts, experts, 1, 1, once=True, routed=False)
-
-
-def parts(s: Tensor, orders: list[Groups]) -> list[Tensor]:
-    """The shrinks (V, C) of the projections, of all that is saved of them: one after another, or side by side where
-    there are no gates."""
-    if orders[0].routed:
-        return list(s.view(len(orders), len(orders[0].tokens), -1))
-    return list(s.chunk(len(orders), dim=1))
-
-
-def _columns(lora_a_RK: Tensor, gates_THE: Tensor | None, top_k: int) -> int:
-    """Of all visits of a token."""
-    return len(lora_a_RK) if gates_THE is None else len(lora_a_RK) // gates_THE.shape[2] * top_k
-
-
-def _head(gates_THE: Tensor | None, g: int) -> Tensor | None:
-    """(T, E) of projection g, experts side by side."""
-    return None if gates_THE is None else _rows(gates_THE[:, min(g, gates_THE.shape[1] - 1)])
+def _each_head(t: Tensor | None, dim: int, projections: int) -> list[int | None]:
+    """Where each projection's own begins; all begin with the only one that there is."""
+    if t is None or not t.numel():
+        return [None] * projections
+    return [t.data_ptr() + min(g, t.shape[dim] - 1) * t.stride(dim) * t.itemsize for g in range(projections)]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -363,26 +310,24 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _in_fp32(x: Tensor) -> Tensor:
-    return workspace.cast(x, torch.float32).contiguous()
+def _in_fp32(t: Tensor) -> Tensor:
+    return workspace.cast(t, torch.float32).contiguous()
 
 
-def _of_input(
-    lora_a_RK: list[Tensor], dropout_p: float, s: Tensor, orders: list[Groups]
-) -> Iterator[tuple[Groups, Tensor, Tensor]]:
-    """Order, A (fp32, times what dropout's survivors are multiplied by) and columns of each projection; of all together
-    where there are no gates, since then they are one LoRA as far as their input goes."""
-    together = [lora_a_RK] if not orders[0].routed else [[a] for a in lora_a_RK]
-    for order, adapters, s_VC in zip(orders, together, parts(s, orders[: len(together)]), strict=False):
-        yield order, portable.joined(adapters, torch.float32, survivor_scale(dropout_p)).contiguous(), s_VC
+def _own_or_fp32(t: Tensor) -> Tensor:
+    """Where a gradient is written: itself, or what is rounded to it."""
+    if t.dtype == torch.float32 and t.is_contiguous():
+        return t
+    return workspace.empty(t, *t.shape, dtype=torch.float32)
 
 
-_GROUPS = "pppnn"
 _SIGNATURES = (
-    ("order", "pnnnnnppp>n"),
-    *((f"shrink_{name}", f"pnpbnnn{_GROUPS}pnfbppnpppi") for name in DTYPES.values()),
-    *((f"expand_{name}", f"pnpnpbnnn{_GROUPS}bppnpi") for name in DTYPES.values()),
-    *((f"grad_{name}", f"pnpnnnn{_GROUPS}fbpppni") for name in DTYPES.values()),
+    ("order", "pnnnnbnp>b"),
+    *(
+        (f"{name}_{dtype}", "p")
+        for name in ("forward", "to_shrink", "to_input", "to_adapter")
+        for dtype in DTYPES.values()
+    ),
 )
 
 

@@ -4,22 +4,58 @@
 // token's number; a group's products are computed in tiles whose sums stay in vector registers. Every sum has an order
 // of its own, the same for any number of threads.
 //
-// Shape letters: T tokens, F features, E experts, r rank of one, R = E r, V visits of tokens, M experts of a visit,
-// C = M r columns of a visit, Q columns of "others", which each token has once whatever it chose.
+// Shape letters: T tokens, K features of the input and N of an output, F either, G projections that read the same
+// input, E experts, r rank of one, R = E r, V visits of tokens, M experts of a visit, C = M r columns of a visit, Q
+// columns of "others", which each token has once whatever it chose.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 namespace {
 
 constexpr int64_t LANES = 16;  // of a vector; where registers are narrower the compiler makes several of one
-constexpr int64_t TILE_ROWS = 6, TILE_COLUMNS = 4 * LANES;  // 24 of 32 vector registers hold sums
-constexpr int64_t BLOCK_ROWS = 96;                          // of a task, which share a panel of weights
-constexpr int64_t PANEL = 384 * 64;                         // numbers of a panel of weights: an eighth of 1 MiB of L2
+constexpr int64_t TILE_ROWS = 6, TILE_VECTORS = 4, TILE_COLUMNS = TILE_VECTORS * LANES;  // 24 of 32 registers hold sums
+constexpr int64_t BLOCK_ROWS = 96;      // of a task, which share a panel of weights
+constexpr int64_t PANEL = 384 * 64;     // numbers of a panel of weights: an eighth of 1 MiB of L2
+constexpr int64_t BLOCK_FEATURES = 64;  // of a task of gradients
 constexpr int64_t GRAD_COLUMNS = 8, GRAD_FEATURES = 2 * LANES, GRAD_ROWS = 352;
+
+// --- what Python gives: cpp.py has both with the same fields ------------------------------------------------------
+
+struct Projection {
+  const float *a, *b;  // (R, K) and (N, R)
+  float *da, *db;      // likewise
+  void* y;             // (T, N) of the call's dtype, rows ldy apart: the output, or its gradient
+  int64_t ldy, N;
+  const int64_t* order;  // what order() wrote
+  const float* gates;    // (T, E), rows the call's ldg apart; null without gates
+  float* dgates;         // likewise, or null
+};
+
+struct Call {
+  const Projection* projections;
+  int64_t G;
+  void* x;  // (T, K) of the call's dtype, rows ldx apart: the input, or its gradient
+  int64_t ldx, T, K, E, r;
+  int64_t M, V, most;   // of order(); without gates 0
+  int64_t once;         // whether each token is visited once
+  int64_t ldg;
+  float* scratch;       // forward: all of s, A and B; to_shrink: all of s
+  void* s;              // of the call's dtype, the shrinks of all projections: (G, V, C), or without gates (T, G r)
+  float* ds;            // likewise, in fp32
+  const float* others;  // (T, Q), or null
+  float* of_others;     // (Q, K): what they are multiplied with (to_input), or the gradient of that (to_adapter)
+  int64_t Q;
+  double scaling;  // alpha / r
+  double factor;   // of A: what dropout's survivors are multiplied by
+  int64_t threads;
+};
+
+// --- numbers ------------------------------------------------------------------------------------------------------
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 
@@ -61,21 +97,54 @@ inline void prefetch(const T* row, int64_t n) {
     __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
 }
 
-// sums[i][j] += sum over k of x[i][k] w[k][j], of TILE_ROWS rows and N vectors of columns. Sums begin at zero and are
+int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Memory of this thread, kept from call to call; of any content. One for each purpose.
+template <int purpose>
+float* kept(int64_t size) {
+  static thread_local std::vector<float> memory;
+  if (int64_t(memory.size()) < size) memory.resize(size);
+  return memory.data();
+}
+
+// --- tiles --------------------------------------------------------------------------------------------------------
+
+// to[i][j] += sum over k of x[i][k] w[j][k ldw], of TILE_ROWS rows and N vectors of columns. Sums begin at zero and are
 // added at the end: long ones are sums of sums, which err less.
 template <int N>
-void tile(const float* const* x, const float* w, int64_t ldw, int64_t K, float* sums, int64_t lds) {
+void tile(const float* const* x, const float* const* w, int64_t ldw, int64_t K, float* const* to) {
   vec s[TILE_ROWS][N] = {};
-  for (int64_t k = 0; k < K; k++, w += ldw) {
+  for (int64_t k = 0; k < K; k++) {
     vec b[N];
-    for (int j = 0; j < N; j++) b[j] = load(w + j * LANES);
+    for (int j = 0; j < N; j++) b[j] = load(w[j] + k * ldw);
     for (int i = 0; i < TILE_ROWS; i++) {
       float a = x[i][k];
       for (int j = 0; j < N; j++) s[i][j] += a * b[j];
     }
   }
   for (int i = 0; i < TILE_ROWS; i++)
-    for (int j = 0; j < N; j++) add(sums + i * lds + j * LANES, s[i][j]);
+    for (int j = 0; j < N; j++) add(to[i] + j * LANES, s[i][j]);
+}
+
+// Of any number of vectors of columns.
+void tiles(const float* const* x, const std::vector<const float*>& w, int64_t ldw, int64_t K, float* to, int64_t ldt) {
+  for (int64_t j = 0; j < int64_t(w.size()); j += TILE_VECTORS) {
+    float* rows[TILE_ROWS];
+    for (int64_t i = 0; i < TILE_ROWS; i++) rows[i] = to + i * ldt + j * LANES;
+    switch (std::min(TILE_VECTORS, int64_t(w.size()) - j)) {
+      case 1:
+        tile<1>(x, &w[j], ldw, K, rows);
+        break;
+      case 2:
+        tile<2>(x, &w[j], ldw, K, rows);
+        break;
+      case 3:
+        tile<3>(x, &w[j], ldw, K, rows);
+        break;
+      default:
+        tile<4>(x, &w[j], ldw, K, rows);
+    }
+  }
 }
 
 // d[i][j] += sum over v of columns[v][i] rows[v][j], of M columns and GRAD_FEATURES features; likewise.
@@ -93,288 +162,439 @@ void grad_tile(const float* columns, int64_t ldc, const float* rows, int64_t ldr
     for (int j = 0; j < 2; j++) add(d + i * ldd + j * LANES, s[i][j]);
 }
 
-// An adapter's weights, (features, columns of all experts): B as it is, or A across.
-struct Weights {
-  const float* at;
-  int64_t feature, column;  // steps from one to the next
-};
-
-// d[i * ldd + j] = of feature f + i and column c + j.
-void copy(Weights w, int64_t f, int64_t features, int64_t c, int64_t columns, float* d, int64_t ldd) {
-  const float* from = w.at + f * w.feature + c * w.column;
-  if (w.column == 1) {
-    for (int64_t i = 0; i < features; i++) std::memcpy(d + i * ldd, from + i * w.feature, 4 * columns);
-  } else {
-    for (int64_t j = 0; j < columns; j++)
-      for (int64_t i = 0; i < features; i++) d[i * ldd + j] = from[i * w.feature + j * w.column];
+// To ``many`` rows of d that follow one another, of as many columns, all features of a block.
+void grad_tiles(const float* columns, int64_t ldc, int64_t many, const float* rows, int64_t V, float* d) {
+  for (int64_t i = 0; i < many;) {
+    const int64_t step = many - i >= GRAD_COLUMNS ? GRAD_COLUMNS : many - i >= 4 ? 4 : 1;
+    const auto own = step == GRAD_COLUMNS ? grad_tile<GRAD_COLUMNS> : step == 4 ? grad_tile<4> : grad_tile<1>;
+    for (int64_t j = 0; j < BLOCK_FEATURES; j += GRAD_FEATURES)
+      own(columns + i, ldc, rows + j, BLOCK_FEATURES, V, d + i * BLOCK_FEATURES + j, BLOCK_FEATURES);
+    i += step;
   }
 }
 
-// Memory of this thread, kept from call to call; of any content. One for each purpose.
-template <int purpose>
-float* kept(int64_t size) {
-  static thread_local std::vector<float> memory;
-  if (int64_t(memory.size()) < size) memory.resize(size);
-  return memory.data();
-}
+// --- jobs ---------------------------------------------------------------------------------------------------------
 
-// (F, R), or across: (R, F).
-Weights weights(const float* at, bool across, int64_t F, int64_t R) {
-  return across ? Weights{at, 1, F} : Weights{at, R, 1};
-}
-
-int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-struct Task {
-  int64_t group, first, last;
+// The token of each visit (V,), where each group begins (count + 1,), and the experts of each (count, M).
+struct Groups {
+  const int64_t *tokens, *starts, *experts;
+  int64_t count, M;
 };
 
-// Blocks of rows of each group.
-std::vector<Task> tasks_of(const int64_t* starts, int64_t groups) {
+// Rows and the experts that they are multiplied with: the input and A of one projection, or, without gates, of all,
+// which are one LoRA as far as their input goes; or an output and B.
+struct Job {
+  Groups groups;
+  void* rows;  // (T, F), ld apart
+  int64_t ld, F;
+  std::vector<const float*> weights;  // of each expert, (F, r) with these steps from one to the next
+  std::vector<float*> grads;          // likewise
+  int64_t feature, column, r;
+  float factor;  // of the weights
+  void* s;       // (V, C) of visits, ldc apart; so are the next two
+  float *ds, *gated;
+  int64_t C, ldc;
+  const float* gates;
+  float* dgates;
+  int64_t ldg;
+};
+
+class Jobs {
+ public:
+  // Of the call's dtype; gated, as large as s, or null.
+  template <typename T>
+  Jobs(const Call& call, T*, float* gated) : call(call), everyone(call.M ? 0 : call.T), all(call.M ? 0 : call.G) {
+    std::iota(everyone.begin(), everyone.end(), 0);
+    std::iota(all.begin(), all.end(), 0);
+    for (int64_t g = 0; g < call.G; g++) {
+      const Projection& p = call.projections[g];
+      Job job{};
+      const bool routed = call.M;
+      job.r = call.r;
+      const int64_t experts = routed ? call.E : 1, R = experts * call.r;
+      job.C = routed ? call.M * call.r : call.r;
+      job.ldc = routed ? job.C : call.G * call.r;
+      const int64_t at = routed ? g * call.V * job.C : g * call.r;
+      job.s = static_cast<T*>(call.s) + at;
+      job.ds = call.ds ? call.ds + at : nullptr;
+      job.gated = gated ? gated + at : nullptr;
+      job.gates = p.gates, job.dgates = p.dgates, job.ldg = call.ldg;
+      job.groups = routed ? of_order(p.order) : Groups{everyone.data(), ends, all.data(), 1, 1};
+
+      Job out = job;
+      out.rows = p.y, out.ld = p.ldy, out.F = p.N, out.feature = R, out.column = 1, out.factor = 1.0f;
+      for (int64_t e = 0; e < experts; e++) {
+        out.weights.push_back(p.b + e * call.r);
+        out.grads.push_back(p.db ? p.db + e * call.r : nullptr);
+      }
+      outputs.push_back(out);
+
+      if (routed || g == 0) {
+        job.rows = call.x, job.ld = call.ldx, job.F = call.K, job.feature = 1, job.column = call.K;
+        job.factor = float(call.factor);
+        if (!routed) job.C = job.ldc, job.groups.M = call.G;
+        inputs.push_back(job);
+      }
+      for (int64_t e = 0; e < experts; e++) {
+        inputs.back().weights.push_back(p.a + e * call.r * call.K);
+        inputs.back().grads.push_back(p.da ? p.da + e * call.r * call.K : nullptr);
+      }
+    }
+  }
+
+  std::vector<Job> inputs, outputs;
+
+ private:
+  Groups of_order(const int64_t* order) const {
+    const int64_t *starts = order + 1, *experts = starts + call.most + 1;
+    return {experts + call.most * call.M, starts, experts, order[0], call.M};
+  }
+
+  const Call& call;
+  std::vector<int64_t> everyone, all;
+  int64_t ends[2] = {0, call.T};
+};
+
+// The job with its weights across, in memory that begins at room and is filled by turn.
+Job across(const Job& job, float*& room) {
+  Job to = job;
+  const bool side_by_side = job.feature == 1;  // features, as in A
+  const int64_t R = int64_t(job.weights.size()) * job.r;
+  to.feature = side_by_side ? R : 1, to.column = side_by_side ? 1 : job.F;
+  for (size_t e = 0; e < to.weights.size(); e++) to.weights[e] = room + int64_t(e) * job.r * to.column;
+  room += R * job.F;
+  return to;
+}
+
+std::vector<Job> across(const std::vector<Job>& jobs, float*& room) {
+  std::vector<Job> to;
+  for (const Job& job : jobs) to.push_back(across(job, room));
+  return to;
+}
+
+// In a parallel region, which is to wait after it.
+void turn(const std::vector<Job>& jobs, const std::vector<Job>& turned) {
+  constexpr int64_t LINE = 16;
+  for (size_t j = 0; j < jobs.size(); j++) {
+    const Job &from = jobs[j], &to = turned[j];
+    const bool side_by_side = from.feature == 1;
+    const int64_t near = side_by_side ? from.F : from.r, far = side_by_side ? from.r : from.F;
+    const int64_t step_from = side_by_side ? from.column : from.feature,
+                  step_to = side_by_side ? to.feature : to.column;
+    const int64_t lines = (near + LINE - 1) / LINE, all = lines * int64_t(from.weights.size());
+#pragma omp for schedule(static) nowait
+    for (int64_t n = 0; n < all; n++) {
+      const int64_t first = n % lines * LINE, last = std::min(near, first + LINE);
+      const float* source = from.weights[n / lines];
+      float* target = const_cast<float*>(to.weights[n / lines]);
+      for (int64_t k = 0; k < far; k++)
+        for (int64_t i = first; i < last; i++) target[i * step_to + k] = source[k * step_from + i];
+    }
+  }
+}
+
+// A share of a job: visits of a group from first to last, or features. Those of a later wave begin when all of earlier
+// ones have ended.
+struct Task {
+  int64_t job, group, first, last, wave;
+};
+
+// Blocks of rows. What two tasks of one wave may not write: a row that a later group of the same job has too, or a
+// later job.
+std::vector<Task> blocks_of(const std::vector<Job>& jobs, bool once, bool apart) {
   std::vector<Task> tasks;
-  for (int64_t g = 0; g < groups; g++)
-    for (int64_t v = starts[g]; v < starts[g + 1]; v += BLOCK_ROWS)
-      tasks.push_back({g, v, std::min(v + BLOCK_ROWS, starts[g + 1])});
+  int64_t waves = 0, wave = 0;
+  for (size_t j = 0; j < jobs.size(); j++) {
+    const Groups& groups = jobs[j].groups;
+    if (!apart) waves = 0;
+    for (int64_t g = 0; g < groups.count; g++) {
+      wave = once ? waves : waves + g;
+      for (int64_t v = groups.starts[g]; v < groups.starts[g + 1]; v += BLOCK_ROWS)
+        tasks.push_back({int64_t(j), g, v, std::min(v + BLOCK_ROWS, groups.starts[g + 1]), wave});
+    }
+    waves = wave + 1;
+  }
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.wave < b.wave; });
   return tasks;
+}
+
+std::vector<Task> features_of(const std::vector<Job>& jobs) {
+  std::vector<Task> tasks;
+  for (size_t j = 0; j < jobs.size(); j++)
+    for (int64_t f = 0; f < jobs[j].F; f += BLOCK_FEATURES)
+      tasks.push_back({int64_t(j), 0, f, std::min(f + BLOCK_FEATURES, jobs[j].F), 0});
+  return tasks;
+}
+
+// In a parallel region.
+template <typename Run>
+void each(const std::vector<Task>& tasks, Run run) {
+  for (size_t first = 0, last; first < tasks.size(); first = last) {
+    for (last = first + 1; last < tasks.size() && tasks[last].wave == tasks[first].wave;) last++;
+#pragma omp for schedule(dynamic)
+    for (size_t i = first; i < last; i++) run(tasks[i]);
+  }
+}
+
+// Rows times the weights of their experts (columns side by side), and what gates make of it, with
+// c = scaling * gate, or scaling without gates:
+// - forward: s, rounded to the rows' dtype, and gated = c s;
+// - backward, of a given s: ds = c product, gated = c s, and dgates += scaling <product, s> of each chosen expert.
+template <typename T>
+void shrink(const Job& job, const Task& task, float scaling, bool backward) {
+  const int64_t r = job.r, M = job.groups.M, C = job.C, columns = padded(C, LANES), ldc = job.ldc;
+  const int64_t K = std::max<int64_t>(64, PANEL / columns / 64 * 64), *own = job.groups.experts + task.group * M;
+  const int64_t* tokens = job.groups.tokens;
+  float *panel = kept<0>(K * columns), *sums = kept<1>((BLOCK_ROWS + TILE_ROWS) * columns);
+  float* rows = sizeof(T) == sizeof(float) ? nullptr : kept<2>(TILE_ROWS * K);
+  std::fill_n(sums, (task.last - task.first + TILE_ROWS) * columns, 0.0f);
+  // Weights are read where they lie if an expert's columns are whole vectors, else side by side in a panel.
+  const bool whole = r % LANES == 0;
+  std::vector<const float*> w(columns / LANES);
+  for (int64_t k0 = 0; k0 < job.F; k0 += K) {
+    const int64_t n = std::min(K, job.F - k0);
+    for (int64_t j = 0; j < int64_t(w.size()); j++)
+      w[j] = whole ? job.weights[own[j * LANES / r]] + k0 * job.feature + j * LANES % r : panel + j * LANES;
+    for (int64_t k = 0; k < n && !whole; k++) {
+      float* to = panel + k * columns;
+      for (int64_t m = 0; m < M; m++, to += r) std::memcpy(to, job.weights[own[m]] + (k0 + k) * job.feature, 4 * r);
+      std::fill(to, panel + (k + 1) * columns, 0.0f);
+    }
+    for (int64_t v = task.first; v < task.last; v += TILE_ROWS) {
+      const float* from[TILE_ROWS];
+      for (int64_t i = 0; i < TILE_ROWS; i++) {  // beyond the last row, that row again
+        const T* row = static_cast<const T*>(job.rows) + tokens[std::min(v + i, task.last - 1)] * job.ld + k0;
+        if constexpr (sizeof(T) == sizeof(float)) {
+          from[i] = row;
+        } else {
+          read(row, rows + i * K, n, n);
+          from[i] = rows + i * K;
+        }
+      }
+      tiles(from, w, whole ? job.feature : columns, n, sums + (v - task.first) * columns, columns);
+    }
+  }
+  for (int64_t v = task.first; v < task.last; v++) {
+    for (int64_t m = 0; m < M; m++) {
+      const int64_t at = v * ldc + m * r, gate = tokens[v] * job.ldg + own[m];
+      const float* product = sums + (v - task.first) * columns + m * r;
+      const float c = job.gates ? scaling * job.gates[gate] : scaling;
+      T* s = static_cast<T*>(job.s) + at;
+      float *gated = job.gated + at, dgate = 0.0f;
+      if (!backward) {
+        for (int64_t j = 0; j < r; j++) {
+          const float own_s = job.factor * product[j];
+          set(s[j], own_s);
+          gated[j] = c * own_s;
+        }
+        continue;
+      }
+      float* ds = job.ds + at;
+      for (int64_t j = 0; j < r; j++) {
+        const float own_s = to_float(s[j]);
+        ds[j] = c * product[j];
+        gated[j] = c * own_s;
+        dgate += product[j] * own_s;
+      }
+      if (job.dgates) job.dgates[gate] += scaling * dgate;
+    }
+  }
+}
+
+// Adds to rows their columns, as far apart as s, times the weights of their experts (features side by side); and
+// others (T, Q) times of_others (Q, F).
+template <typename T>
+void expand(const Job& job, const Task& task, const float* columns, const float* others, const float* of_others,
+            int64_t Q) {
+  const int64_t r = job.r, M = job.groups.M, C = job.C;
+  const int64_t *tokens = job.groups.tokens, *own = job.groups.experts + task.group * M;
+  float *panel = kept<0>((C + Q) * TILE_COLUMNS), staged[TILE_ROWS * TILE_COLUMNS];
+  const float *w[TILE_VECTORS], *w_others[TILE_VECTORS];
+  for (int64_t j = 0; j < TILE_VECTORS; j++) w[j] = panel + j * LANES, w_others[j] = w[j] + C * TILE_COLUMNS;
+  T* rows = static_cast<T*>(job.rows);
+  for (int64_t f = 0; f < job.F; f += TILE_COLUMNS) {
+    const int64_t n = std::min(TILE_COLUMNS, job.F - f);
+    float* to = panel;
+    for (int64_t m = 0; m < M; m++) {
+      for (int64_t j = 0; j < r; j++, to += TILE_COLUMNS) {
+        read(job.weights[own[m]] + j * job.column + f, to, n, TILE_COLUMNS);
+        for (int64_t i = 0; i < n && job.factor != 1.0f; i++) to[i] *= job.factor;
+      }
+    }
+    for (int64_t q = 0; q < Q; q++) read(of_others + q * job.F + f, panel + (C + q) * TILE_COLUMNS, n, TILE_COLUMNS);
+    for (int64_t v = task.first; v < task.last; v += TILE_ROWS) {
+      const int64_t many = std::min(TILE_ROWS, task.last - v);
+      const bool direct = sizeof(T) == sizeof(float) && many == TILE_ROWS && n == TILE_COLUMNS;
+      const float *from[TILE_ROWS], *from_others[TILE_ROWS];
+      float* sums[TILE_ROWS];
+      T* to[TILE_ROWS];
+      for (int64_t i = 0; i < TILE_ROWS; i++) {
+        const int64_t u = std::min(v + i, task.last - 1);
+        from[i] = columns + u * job.ldc;
+        from_others[i] = others + tokens[u] * Q;
+        to[i] = rows + tokens[u] * job.ld + f;
+        sums[i] = direct ? reinterpret_cast<float*>(to[i]) : staged + i * TILE_COLUMNS;
+        if (!direct) read(to[i], sums[i], n, TILE_COLUMNS);
+        if (u + TILE_ROWS < task.last) prefetch(rows + tokens[u + TILE_ROWS] * job.ld + f, n);
+      }
+      tile<TILE_VECTORS>(from, w, TILE_COLUMNS, C, sums);
+      if (Q) tile<TILE_VECTORS>(from_others, w_others, TILE_COLUMNS, Q, sums);
+      for (int64_t i = 0; i < many && !direct; i++) write(sums[i], to[i], n);
+    }
+  }
+}
+
+// Of some features, the gradient of each expert's weights: the sum over its visits of columns (as far apart as s) times
+// rows; and of others (T, Q), in of_others (Q, F).
+template <typename T>
+void grad(const Job& job, const Task& task, const float* columns, const float* others, float* of_others, int64_t Q) {
+  const Groups& groups = job.groups;
+  const int64_t r = job.r, M = groups.M, R = int64_t(job.grads.size()) * r, n = task.last - task.first;
+  float *rows = kept<0>(GRAD_ROWS * BLOCK_FEATURES), *own_others = kept<1>(GRAD_ROWS * Q);
+  float* sums = kept<2>((R + Q) * BLOCK_FEATURES);
+  const T* from = static_cast<const T*>(job.rows) + task.first;
+  std::fill_n(sums, (R + Q) * BLOCK_FEATURES, 0.0f);
+  for (int64_t g = 0; g < groups.count; g++) {
+    const int64_t last = groups.starts[g + 1], *tokens = groups.tokens;
+    for (int64_t v = groups.starts[g]; v < last; v += GRAD_ROWS) {
+      const int64_t V = std::min(GRAD_ROWS, last - v);
+      for (int64_t i = 0; i < V; i++) {
+        if (i + 8 < V) prefetch(from + tokens[v + i + 8] * job.ld, n);
+        read(from + tokens[v + i] * job.ld, rows + i * BLOCK_FEATURES, n, BLOCK_FEATURES);
+        for (int64_t q = 0; q < Q; q++) own_others[i * Q + q] = others[tokens[v + i] * Q + q];
+      }
+      for (int64_t m = 0; m < M; m++)
+        grad_tiles(columns + v * job.ldc + m * r, job.ldc, r, rows, V,
+                   sums + groups.experts[g * M + m] * r * BLOCK_FEATURES);
+      grad_tiles(own_others, Q, Q, rows, V, sums + R * BLOCK_FEATURES);
+    }
+  }
+  for (int64_t c = 0; c < R; c++) {
+    float* to = job.grads[c / r] + c % r * job.column + task.first * job.feature;
+    for (int64_t i = 0; i < n; i++) to[i * job.feature] = job.factor * sums[c * BLOCK_FEATURES + i];
+  }
+  for (int64_t q = 0; q < Q; q++) write(sums + (R + q) * BLOCK_FEATURES, of_others + q * job.F + task.first, n);
+}
+
+// --- calls --------------------------------------------------------------------------------------------------------
+
+// s, and what it adds to the outputs.
+template <typename T>
+void forward(const Call& call) {
+  const Jobs jobs(call, static_cast<T*>(nullptr), call.scratch);
+  float* room = call.scratch + call.G * std::max<int64_t>(call.M * call.V, call.T) * call.r;
+  const std::vector<Job> inputs = across(jobs.inputs, room), outputs = across(jobs.outputs, room);
+  const std::vector<Task> to_s = blocks_of(inputs, true, false), to_y = blocks_of(outputs, call.once, false);
+#pragma omp parallel num_threads(int(call.threads))
+  {
+    turn(jobs.inputs, inputs);
+    turn(jobs.outputs, outputs);
+#pragma omp barrier
+    each(to_s, [&](const Task& task) { shrink<T>(inputs[task.job], task, float(call.scaling), false); });
+    each(to_y, [&](const Task& task) {
+      const Job& job = outputs[task.job];
+      expand<T>(job, task, job.gated, nullptr, nullptr, 0);
+    });
+  }
+}
+
+// ds of the outputs' gradients, with dgates, and db where there is one.
+template <typename T>
+void to_shrink(const Call& call) {
+  const Jobs jobs(call, static_cast<T*>(nullptr), call.scratch);
+  const float* dgates = call.projections[0].dgates;
+  const bool shared = dgates && call.G > 1 && dgates == call.projections[1].dgates;
+  const std::vector<Task> to_s = blocks_of(jobs.outputs, true, shared), to_b = features_of(jobs.outputs);
+#pragma omp parallel num_threads(int(call.threads))
+  {
+    each(to_s, [&](const Task& task) { shrink<T>(jobs.outputs[task.job], task, float(call.scaling), true); });
+    if (call.projections[0].db)
+      each(to_b, [&](const Task& task) {
+        const Job& job = jobs.outputs[task.job];
+        grad<T>(job, task, job.gated, nullptr, nullptr, 0);
+      });
+  }
+}
+
+// Adds what ds gives, and others, to the input's gradient.
+template <typename T>
+void to_input(const Call& call) {
+  const Jobs jobs(call, static_cast<T*>(nullptr), nullptr);
+  const std::vector<Task> to_x = blocks_of(jobs.inputs, call.once, true);
+#pragma omp parallel num_threads(int(call.threads))
+  each(to_x, [&](const Task& task) {
+    const Job& job = jobs.inputs[task.job];
+    expand<T>(job, task, job.ds, call.others, call.of_others, task.job ? 0 : call.Q);
+  });
+}
+
+// da of ds, and others' gradient.
+template <typename T>
+void to_adapter(const Call& call) {
+  const Jobs jobs(call, static_cast<T*>(nullptr), nullptr);
+  const std::vector<Task> to_a = features_of(jobs.inputs);
+#pragma omp parallel num_threads(int(call.threads))
+  each(to_a, [&](const Task& task) {
+    const Job& job = jobs.inputs[task.job];
+    grad<T>(job, task, job.ds, call.others, call.of_others, task.job ? 0 : call.Q);
+  });
 }
 
 }  // namespace
 
-// What all functions are told of the groups: the token of each visit (V,), where each group begins (groups + 1,), and
-// the experts of each (groups, M).
-#define GROUPS const int64_t *tokens, const int64_t *starts, const int64_t *experts, int64_t groups, int64_t M
-
-// Rows of x times the weights of their experts: s (V, C) = x[tokens] w, w of F features and R columns; and what gates
-// make of it, with c = scaling * gate (or scaling, without gates) and gated (V, C) beside s and ds, whose rows may lie
-// apart:
-// - forward: s rounded to x's dtype, gated = c s;
-// - backward (of a given s): ds = c product, gated = c s, and dgates += scaling <product, s> of each chosen expert.
-// Weights that lie the other way than a tile reads them are laid out in ``across``, which has their size; else it is
-// null.
-template <typename T>
-void shrink(const T* x, int64_t ldx, Weights w, int64_t F, int64_t R, int64_t r, GROUPS, const float* gates,
-            int64_t ldg, float scaling, bool backward, T* s, float* ds, int64_t lds, float* gated, float* dgates,
-            float* across, int threads) {
-  const int64_t C = M * r, columns = padded(C, LANES);
-  const int64_t K = std::max<int64_t>(64, PANEL / columns / 64 * 64);
-  const std::vector<Task> tasks = tasks_of(starts, groups);
-#pragma omp parallel num_threads(threads)
-  {
-    float *panel = kept<0>(K * columns), *sums = kept<1>((BLOCK_ROWS + TILE_ROWS) * columns);
-    float* rows = sizeof(T) == sizeof(float) ? nullptr : kept<2>(TILE_ROWS * K);
-    if (across) {
-#pragma omp for schedule(static)
-      for (int64_t f = 0; f < F; f += 16) copy(w, f, std::min<int64_t>(16, F - f), 0, R, across + f * R, R);
-    }
-    const Weights own_w = across ? Weights{across, R, 1} : w;
-#pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < tasks.size(); i++) {
-      const Task task = tasks[i];
-      const int64_t* own = experts + task.group * M;
-      std::fill_n(sums, (task.last - task.first + TILE_ROWS) * columns, 0.0f);
-      for (int64_t k0 = 0; k0 < F; k0 += K) {
-        const int64_t n = std::min(K, F - k0);
-        for (int64_t m = 0; m < M; m++) copy(own_w, k0, n, own[m] * r, r, panel + m * r, columns);
-        for (int64_t k = 0; k < n; k++) std::fill(panel + k * columns + C, panel + (k + 1) * columns, 0.0f);
-        for (int64_t v = task.first; v < task.last; v += TILE_ROWS) {
-          const float* from[TILE_ROWS];
-          for (int64_t i = 0; i < TILE_ROWS; i++) {  // beyond the last row, that row again
-            const T* row = x + tokens[std::min(v + i, task.last - 1)] * ldx + k0;
-            if constexpr (sizeof(T) == sizeof(float)) {
-              from[i] = row;
-            } else {
-              read(row, rows + i * K, n, n);
-              from[i] = rows + i * K;
-            }
-          }
-          float* to = sums + (v - task.first) * columns;
-          int64_t j = 0;
-          for (; j + TILE_COLUMNS <= columns; j += TILE_COLUMNS) tile<4>(from, panel + j, columns, n, to + j, columns);
-          for (; j < columns; j += LANES) tile<1>(from, panel + j, columns, n, to + j, columns);
-        }
-      }
-      for (int64_t v = task.first; v < task.last; v++) {
-        for (int64_t m = 0; m < M; m++) {
-          const int64_t at = v * lds + m * r, gate = tokens[v] * ldg + own[m];
-          float* own_gated = gated + v * C + m * r;
-          const float* product = sums + (v - task.first) * columns + m * r;
-          const float c = gates ? scaling * gates[gate] : scaling;
-          if (!backward) {
-            write(product, s + at, r);
-            for (int64_t j = 0; j < r; j++) own_gated[j] = c * product[j];
-            continue;
-          }
-          float dgate = 0.0f;
-          for (int64_t j = 0; j < r; j++) {
-            const float own_s = to_float(s[at + j]);
-            ds[at + j] = c * product[j];
-            own_gated[j] = c * own_s;
-            dgate += product[j] * own_s;
-          }
-          if (dgates) dgates[gate] += scaling * dgate;
-        }
-      }
-    }
-  }
-}
-
-// y[tokens] += columns (V, C) times the weights of their experts, w across; + others (T, Q) w_others (Q, F). Where
-// tokens are visited more than once, one group after another, so that no two threads write to one row. ``across`` as in
-// shrink.
-template <typename T>
-void expand(T* y, int64_t ldy, const float* columns, int64_t ldc, Weights w, int64_t F, int64_t R, int64_t r, GROUPS,
-            bool once, const float* others, const float* w_others, int64_t Q, float* across, int threads) {
-  const int64_t C = M * r;
-  const std::vector<Task> tasks = tasks_of(starts, groups);
-#pragma omp parallel num_threads(threads)
-  {
-    float *panel = kept<0>((C + Q) * TILE_COLUMNS), sums[TILE_ROWS * TILE_COLUMNS];
-    if (across) {
-#pragma omp for schedule(static)
-      for (int64_t c = 0; c < R; c += 16)
-        copy({w.at, w.column, w.feature}, c, std::min<int64_t>(16, R - c), 0, F, across + c * F, F);
-    }
-    const float* own_w = across ? across : w.at;
-    for (size_t first = 0, last; first < tasks.size(); first = last) {
-      for (last = first + 1; last < tasks.size() && (once || tasks[last].group == tasks[first].group);) last++;
-#pragma omp for schedule(dynamic)
-      for (size_t i = first; i < last; i++) {
-        const Task task = tasks[i];
-        const int64_t* own = experts + task.group * M;
-        for (int64_t f = 0; f < F; f += TILE_COLUMNS) {
-          const int64_t n = std::min(TILE_COLUMNS, F - f);
-          for (int64_t c = 0; c < C; c++)
-            read(own_w + (own[c / r] * r + c % r) * F + f, panel + c * TILE_COLUMNS, n, TILE_COLUMNS);
-          for (int64_t q = 0; q < Q; q++) read(w_others + q * F + f, panel + (C + q) * TILE_COLUMNS, n, TILE_COLUMNS);
-          for (int64_t v = task.first; v < task.last; v += TILE_ROWS) {
-            const float *from[TILE_ROWS], *from_others[TILE_ROWS];
-            T* to[TILE_ROWS];
-            for (int64_t i = 0; i < TILE_ROWS; i++) {
-              const int64_t u = std::min(v + i, task.last - 1);
-              from[i] = columns + u * ldc;
-              from_others[i] = others + tokens[u] * Q;
-              to[i] = y + tokens[u] * ldy + f;
-              read(to[i], sums + i * TILE_COLUMNS, n, TILE_COLUMNS);
-              if (u + TILE_ROWS < task.last) prefetch(y + tokens[u + TILE_ROWS] * ldy + f, n);
-            }
-            tile<4>(from, panel, TILE_COLUMNS, C, sums, TILE_COLUMNS);
-            if (Q) tile<4>(from_others, panel + C * TILE_COLUMNS, TILE_COLUMNS, Q, sums, TILE_COLUMNS);
-            for (int64_t i = 0; i < std::min(TILE_ROWS, task.last - v); i++) write(sums + i * TILE_COLUMNS, to[i], n);
-          }
-        }
-      }
-    }
-  }
-}
-
-// d = factor * columns (V, C)^T x[tokens], of each expert the sum over its visits: (R, F), or across (F, R); and of
-// others d_others (Q, F) = others (T, Q)^T x.
-template <typename T>
-void grad(const T* x, int64_t ldx, const float* columns, int64_t ldc, int64_t F, int64_t R, int64_t r, GROUPS,
-          float factor, bool across, float* d, const float* others, float* d_others, int64_t Q, int threads) {
-  const int64_t C = M * r, BLOCK = 2 * GRAD_FEATURES;
-#pragma omp parallel num_threads(threads)
-  {
-    float *rows = kept<0>(GRAD_ROWS * BLOCK), *of_others = kept<1>(GRAD_ROWS * Q), *sums = kept<2>((R + Q) * BLOCK);
-    // To ``many`` sums that follow one another, of as many columns, from all that rows has.
-    auto accumulate = [&](const float* from, int64_t ld, int64_t many, int64_t V, float* to) {
-      for (int64_t i = 0; i < many;) {
-        const int64_t step = many - i >= GRAD_COLUMNS ? GRAD_COLUMNS : many - i >= 4 ? 4 : 1;
-        for (int64_t j = 0; j < BLOCK; j += GRAD_FEATURES) {
-          auto own = step == GRAD_COLUMNS ? grad_tile<GRAD_COLUMNS> : step == 4 ? grad_tile<4> : grad_tile<1>;
-          own(from + i, ld, rows + j, BLOCK, V, to + i * BLOCK + j, BLOCK);
-        }
-        i += step;
-      }
-    };
-#pragma omp for schedule(static)
-    for (int64_t f = 0; f < F; f += BLOCK) {
-      const int64_t n = std::min(BLOCK, F - f);
-      std::fill_n(sums, (R + Q) * BLOCK, 0.0f);
-      for (int64_t g = 0; g < groups; g++) {
-        for (int64_t v = starts[g]; v < starts[g + 1]; v += GRAD_ROWS) {
-          const int64_t V = std::min(GRAD_ROWS, starts[g + 1] - v);
-          for (int64_t i = 0; i < V; i++) {
-            if (i + 8 < V) prefetch(x + tokens[v + i + 8] * ldx + f, n);
-            read(x + tokens[v + i] * ldx + f, rows + i * BLOCK, n, BLOCK);
-            for (int64_t q = 0; q < Q; q++) of_others[i * Q + q] = others[tokens[v + i] * Q + q];
-          }
-          for (int64_t m = 0; m < M; m++)
-            accumulate(columns + v * ldc + m * r, ldc, r, V, sums + experts[g * M + m] * r * BLOCK);
-          accumulate(of_others, Q, Q, V, sums + R * BLOCK);
-        }
-      }
-      for (int64_t c = 0; c < R; c++)
-        for (int64_t i = 0; i < n; i++) d[across ? (f + i) * R + c : c * F + f + i] = factor * sums[c * BLOCK + i];
-      for (int64_t q = 0; q < Q; q++) write(sums + (R + q) * BLOCK, d_others + q * F + f, n);
-    }
-  }
-}
-
 extern "C" {
 
-// Tokens grouped by what they chose, of gates (T, E): the k of largest magnitude, ties to the lower expert (a chosen
-// gate may have underflowed to zero, and then another zero may take its place). By set, each token is visited once,
-// with M = k experts, and there are as many groups as sets that occur, at most most_sets; else once with each of its
-// experts, M = 1. Tokens and experts of a group ascend. Returns the number of groups, or -1 if there were more sets.
-int64_t order(const float* gates, int64_t ldg, int64_t T, int64_t E, int64_t k, int64_t most_sets, int64_t* tokens,
-              int64_t* starts, int64_t* experts) {
+// Tokens grouped by what they chose, of each head of gates (T, H, E): the k of largest magnitude, ties to the lower
+// expert (a chosen gate may have underflowed to zero, and then another zero may take its place). By set, each token is
+// visited once, with M = k experts, and there are as many groups as sets that occur, at most ``most``; else once with
+// each of its experts, M = 1, and there are at most ``most`` = E groups. Tokens and experts of a group ascend. To out,
+// for each head: the number of groups; where each begins (most + 1,); the experts of each (most, M); the token of each
+// visit (V,). False if there were more sets.
+bool order(const float* gates, int64_t T, int64_t H, int64_t E, int64_t k, bool by_set, int64_t most, int64_t* out) {
+  const int64_t M = by_set ? k : 1, V = by_set ? T : T * k, size = 1 + most + 1 + most * M + V;
   std::vector<uint64_t> chosen(T), sets;
-  for (int64_t t = 0; t < T; t++) {
-    const float* own = gates + t * ldg;
-    uint64_t found = 0;
-    for (int64_t e = 0; e < E; e++) found |= uint64_t(own[e] != 0) << e;
-    const bool enough = __builtin_popcountll(found) == k;
-    if (!enough) found = 0;
-    for (int64_t i = enough ? k : 0; i < k; i++) {
-      int64_t best = -1;
-      for (int64_t e = 0; e < E; e++)
-        if (!(found >> e & 1) && (best < 0 || std::abs(own[e]) > std::abs(own[best]))) best = e;
-      found |= uint64_t(1) << best;
+  for (int64_t h = 0; h < H; h++, out += size) {
+    int64_t *starts = out + 1, *experts = starts + most + 1, *tokens = experts + most * M, groups = 0, visits = 0;
+    sets.clear();
+    for (int64_t t = 0; t < T; t++) {
+      const float* own = gates + (t * H + h) * E;
+      uint64_t found = 0;
+      for (int64_t e = 0; e < E; e++) found |= uint64_t(own[e] != 0) << e;
+      const bool enough = __builtin_popcountll(found) == k;
+      if (!enough) found = 0;
+      for (int64_t i = enough ? k : 0; i < k; i++) {
+        int64_t best = -1;
+        for (int64_t e = 0; e < E; e++)
+          if (!(found >> e & 1) && (best < 0 || std::abs(own[e]) > std::abs(own[best]))) best = e;
+        found |= uint64_t(1) << best;
+      }
+      chosen[t] = found;
+      if (by_set && std::find(sets.begin(), sets.end(), found) == sets.end()) sets.push_back(found);
+      if (int64_t(sets.size()) > most) return false;
     }
-    chosen[t] = found;
-    if (most_sets && std::find(sets.begin(), sets.end(), found) == sets.end()) {
-      if (int64_t(sets.size()) == most_sets) return -1;
-      sets.push_back(found);
+    if (!by_set)
+      for (int64_t e = 0; e < E; e++) sets.push_back(uint64_t(1) << e);
+    std::sort(sets.begin(), sets.end());
+    for (uint64_t set : sets) {
+      starts[groups] = visits;
+      for (int64_t t = 0; t < T; t++)
+        if ((chosen[t] & set) == set) tokens[visits++] = t;
+      if (visits == starts[groups]) continue;
+      for (int64_t e = 0, m = 0; e < E; e++)
+        if (set >> e & 1) experts[groups * M + m++] = e;
+      groups++;
     }
-  }
-  if (!most_sets)
-    for (int64_t e = 0; e < E; e++) sets.push_back(uint64_t(1) << e);
-  std::sort(sets.begin(), sets.end());
-  const int64_t M = most_sets ? k : 1;
-  int64_t groups = 0, visits = 0;
-  for (uint64_t set : sets) {
     starts[groups] = visits;
-    for (int64_t t = 0; t < T; t++)
-      if ((chosen[t] & set) == set) tokens[visits++] = t;
-    if (visits == starts[groups]) continue;
-    for (int64_t e = 0, m = 0; e < E; e++)
-      if (set >> e & 1) experts[groups * M + m++] = e;
-    groups++;
+    out[0] = groups;
   }
-  starts[groups] = visits;
-  return groups;
+  return true;
 }
 
-#define OF_DTYPE(T, name)                                                                                             \
-  void shrink_##name(const T* x, int64_t ldx, const float* w, bool across, int64_t F, int64_t R, int64_t r, GROUPS,   \
-                     const float* gates, int64_t ldg, float scaling, bool backward, T* s, float* ds, int64_t lds,     \
-                     float* gated, float* dgates, float* room, int threads) {                                         \
-    shrink(x, ldx, weights(w, across, F, R), F, R, r, tokens, starts, experts, groups, M, gates, ldg, scaling,        \
-           backward, s, ds, lds, gated, dgates, room, threads);                                                       \
-  }                                                                                                                   \
-  void expand_##name(T* y, int64_t ldy, const float* columns, int64_t ldc, const float* w, bool across, int64_t F,    \
-                     int64_t R, int64_t r, GROUPS, bool once, const float* others, const float* w_others, int64_t Q,  \
-                     float* room, int threads) {                                                                      \
-    expand(y, ldy, columns, ldc, weights(w, across, F, R), F, R, r, tokens, starts, experts, groups, M, once, others, \
-           w_others, Q, room, threads);                                                                               \
-  }                                                                                                                   \
-  void grad_##name(const T* x, int64_t ldx, const float* columns, int64_t ldc, int64_t F, int64_t R, int64_t r,       \
-                   GROUPS, float factor, bool across, float* d, const float* others, float* d_others, int64_t Q,      \
-                   int threads) {                                                                                     \
-    grad(x, ldx, columns, ldc, F, R, r, tokens, starts, experts, groups, M, factor, across, d, others, d_others, Q,   \
-         threads);                                                                                                    \
-  }
+#define OF_DTYPE(T, name)                                          \
+  void forward_##name(const Call* call) { forward<T>(*call); }     \
+  void to_shrink_##name(const Call* call) { to_shrink<T>(*call); } \
+  void to_input_##name(const Call* call) { to_input<T>(*call); }   \
+  void to_adapter_##name(const Call* call) { to_adapter<T>(*call); }
 
 OF_DTYPE(float, float32)
 OF_DTYPE(bfloat16, bfloat16)
