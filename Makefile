@@ -35,7 +35,7 @@ bench: $(VENV)/.done
 check: $(VENV)/.done  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run -Werror molora_kernels/*/*.cpp
+	$(BIN)/clang-format --dry-run -Werror molora_kernels/*.h molora_kernels/*/*.cpp
 	$(BIN)/pyright
 
 docs: $(VENV)/.done  ## the documentation site, in site/; a broken link or reference is an error

@@ -20,7 +20,7 @@ setup(
     package_dir={"molora.presets": "configs/presets"},
     package_data={
         "molora": ["py.typed", "report/page.html"],
-        "molora_kernels": ["py.typed", "*/*.cpp"],
+        "molora_kernels": ["py.typed", "*.h", "*/*.cpp"],
         "molora.presets.quickstart": ["*.yml"],
         "molora.presets.reasoning": ["*.yml"],
     },

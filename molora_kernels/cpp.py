@@ -7,6 +7,7 @@ them (TORCHINDUCTOR_CACHE_DIR).
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "b": c
 
 def functions(source: Path, signatures: Iterable[tuple[str, str]]) -> Functions:
     """Of a file, those functions that are named, each with the kinds of its arguments and, after ``>``, of what it
-    returns."""
+    returns. What the file includes of ours is compiled as its own text, by which compiled files are known."""
     from torch._inductor.codecache import CppCodeCache  # takes a second, so not before it is needed
 
-    library = CppCodeCache.load(
-        source.read_text(encoding="utf-8"), extra_flags=("-ffp-contract=fast", "-ftree-loop-vectorize")
+    text = re.sub(
+        r'#include "(.*)"', lambda name: (source.parent / name[1]).read_text("utf-8"), source.read_text("utf-8")
     )
+    library = CppCodeCache.load(text, extra_flags=("-ffp-contract=fast", "-ftree-loop-vectorize"))
     found: Functions = {}
     for name, kinds in signatures:
         function = getattr(library, name)
@@ -65,3 +67,8 @@ def compiled(device: torch.device, load: Callable[[], Functions]) -> bool:
 
 def address(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
+
+
+def addresses(tensors: list[Tensor]) -> ctypes.Array[ctypes.c_void_p] | None:
+    """One after another, in memory that is to be held until the call returns; None if there are none."""
+    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors)) if tensors else None

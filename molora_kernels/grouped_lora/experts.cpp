@@ -15,9 +15,10 @@
 #include <numeric>
 #include <vector>
 
+#include "../numbers.h"
+
 namespace {
 
-constexpr int64_t LANES = 16;  // of a vector; where registers are narrower the compiler makes several of one
 constexpr int64_t TILE_ROWS = 6, TILE_VECTORS = 4, TILE_COLUMNS = TILE_VECTORS * LANES;  // 24 of 32 registers hold sums
 constexpr int64_t BLOCK_ROWS = 96;      // of a task, which share a panel of weights
 constexpr int64_t PANEL = 384 * 64;     // numbers of a panel of weights: an eighth of 1 MiB of L2
@@ -41,8 +42,8 @@ struct Call {
   int64_t G;
   void* x;  // (T, K) of the call's dtype, rows ldx apart: the input, or its gradient
   int64_t ldx, T, K, E, r;
-  int64_t M, V, most;   // of order(); without gates 0
-  int64_t once;         // whether each token is visited once
+  int64_t M, V, most;  // of order(); without gates 0
+  int64_t once;        // whether each token is visited once
   int64_t ldg;
   float* scratch;       // forward: all of s, A and B; to_shrink: all of s
   void* s;              // of the call's dtype, the shrinks of all projections: (G, V, C), or without gates (T, G r)
@@ -56,40 +57,6 @@ struct Call {
 };
 
 // --- numbers ------------------------------------------------------------------------------------------------------
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-
-inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
-inline void add(float* p, vec v) { *reinterpret_cast<vec*>(p) += v; }
-
-struct bfloat16 {
-  uint16_t bits;
-};
-
-inline float to_float(float x) { return x; }
-inline float to_float(bfloat16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-inline void set(float& to, float x) { to = x; }
-inline void set(bfloat16& to, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  to.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
-}
-
-template <typename T>
-inline void read(const T* from, float* to, int64_t n, int64_t padded) {
-  for (int64_t i = 0; i < n; i++) to[i] = to_float(from[i]);
-  for (int64_t i = n; i < padded; i++) to[i] = 0.0f;
-}
-
-template <typename T>
-inline void write(const float* from, T* to, int64_t n) {
-  for (int64_t i = 0; i < n; i++) set(to[i], from[i]);
-}
 
 template <typename T>
 inline void prefetch(const T* row, int64_t n) {

@@ -42,14 +42,13 @@ def forward(
     gates_in, logits_in, gates_down, logits_down], of which gates and logits are empty where there is no such router."""
 
     def route(x: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        bias = torch.stack(router_biases[part]) if router_biases else None
-        selection = torch.stack(selection_biases[part]) if selection_biases else None
-        return router.forward(x, torch.stack(router_weights[part]), bias, selection, mask_T, top_k)
+        return router.forward(x, router_weights[part], router_biases[part], selection_biases[part], mask_T, top_k)
 
     gates_in = logits_in = gates_down = logits_down = None
-    sums, counts = no_routing(x_TK)
     if router_weights:
         gates_in, logits_in, sums, counts = route(x_TK, slice(0, 2))
+    else:
+        sums, counts = no_routing(x_TK)
     project: Callable[..., tuple[list[Tensor], Tensor]] = portable.forward
     if form == "grouped":
         project = functools.partial(_grouped(x_TK, gates_in).forward, top_k=top_k)
@@ -122,7 +121,7 @@ def backward(
 
     def to_weights(
         x: Tensor, ds: Tensor, dropout: Dropout, lora_a: list[Tensor], dlogits: Tensor | None, orders: dict[str, Any]
-    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """da, and the routers' gradients: in one product where that is exact enough."""
         dlogits = dlogits if need_drouter else None
         columns = None if dlogits is None or not need_dlora else router.columns_of(dlogits, x.dtype)
@@ -130,37 +129,39 @@ def backward(
         if need_dlora:
             products = lora.to_adapter(x, ds, dropout, da, columns, **orders)
             if columns is not None and dlogits is not None:
-                return da, router.grads_of_columns(products, dlogits)
-        return da, [] if dlogits is None else router.grads_of(dlogits, x)
+                return da, router.dweights_of_columns(products, dlogits)
+        return da, [] if dlogits is None else router.dweights_of(dlogits, x)
 
     dropout = Dropout(dropout_seed, dropout_p, stream=1)
     ds, db_down, dgates_down = lora.to_shrink([dy_TK], lora_b[2:], of_down, s_down, scaling, *needs, **sorted_down)
-    dlogits = None
+    dlogits, dbiases_down = None, []
     if need_dlogits and gates_down is not None and logits_down is not None:
         dsums_down = None if dsums is None else dsums[2:]
-        dlogits = router.dlogits_of(dgates_down, dsums_down, logits_down, gates_down, mask_T, top_k)
+        dlogits, dbiases_down = router.dlogits_of(
+            dgates_down, dsums_down, logits_down, gates_down, mask_T, top_k, need_drouter
+        )
     h, dh, dh_up = (workspace.empty(h_gate, *h_gate.shape) for _ in range(3))
     routed_down = () if dlogits is None else (dlogits[:, 0], router_weights[2])
     lora.to_input([dy_TK], weights[2:], lora_a[2:], ds, dropout, dh, *routed_down, **sorted_down)
     _swiglu_backward_(dh, h_gate, h_up, h, dh_up)
-    da_down, drouter_down = to_weights(h, ds, dropout, lora_a[2:], dlogits, sorted_down)
+    da_down, dweights_down = to_weights(h, ds, dropout, lora_a[2:], dlogits, sorted_down)
 
     dropout, dh_in = dropout._replace(stream=0), [dh, dh_up]
     ds, db_in, dgates_in = lora.to_shrink(dh_in, lora_b[:2], gates_in, s_in, scaling, *needs, **sorted_in)
-    dlogits = None
+    dlogits, dbiases_in = None, []
     if need_dlogits and gates_in is not None and logits_in is not None:
         if gates_down is None:
             dgates_in = dgates_in + dgates_down
         dsums_in = None if dsums is None else dsums[: gates_in.shape[1]]
-        dlogits = router.dlogits_of(dgates_in, dsums_in, logits_in, gates_in, mask_T, top_k)
+        dlogits, dbiases_in = router.dlogits_of(dgates_in, dsums_in, logits_in, gates_in, mask_T, top_k, need_drouter)
     dx = x_TK.new_empty(0)
     if need_dx:
         dx = workspace.lasting(x_TK, *x_TK.shape)
         routed_in = () if dlogits is None else (dlogits.flatten(1), torch.cat(router_weights[:2]))
         lora.to_input(dh_in, weights[:2], lora_a[:2], ds, dropout, dx, *routed_in, **sorted_in)
-    da_in, drouter_in = to_weights(x_TK, ds, dropout, lora_a[:2], dlogits, sorted_in)
-    dweights, dbiases = zip(*drouter_in, *drouter_down, strict=True) if need_drouter else ([], [])
-    return dx, [*da_in, *da_down], [*db_in, *db_down], list(dweights), list(dbiases)
+    da_in, dweights_in = to_weights(x_TK, ds, dropout, lora_a[:2], dlogits, sorted_in)
+    da, db = [*da_in, *da_down], [*db_in, *db_down]
+    return dx, da, db, [*dweights_in, *dweights_down], [*dbiases_in, *dbiases_down]
 
 
 def _grouped(x: Tensor, gates: Tensor | None) -> Any:

@@ -26,7 +26,8 @@ def _router_fwd(
         from molora_kernels.router import forward
 
         return forward.forward(x, weight, bias, selection_bias, mask, top_k)
-    return portable.forward(x, weight, bias, selection_bias, mask, top_k)
+    weights, biases, selection = ([] if t is None else list(t.unbind(0)) for t in (weight, bias, selection_bias))
+    return portable.forward(x, weights, biases, selection, mask, top_k)
 
 
 router_fwd = torch.library.custom_op("molora::router_fwd", _router_fwd, mutates_args=())

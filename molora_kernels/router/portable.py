@@ -1,5 +1,5 @@
-"""The router in plain PyTorch with a hand-written backward: what the ``torch`` backend runs, and ``inductor`` but for
-what is done with logits (``cpp.py``).
+"""The router in plain PyTorch with a hand-written backward: what the ``torch`` backend runs, and ``inductor`` where
+there is no C++ for it (``cpp.py``).
 
 Shape letters: T tokens, K input features, H routers that read the same input, E experts. All router arithmetic is
 fp32 (fp64 for fp64 inputs), whatever the dtype of x; but for the weights' gradient from bf16 rows where it rides on the
@@ -12,30 +12,31 @@ import torch
 from torch import Tensor
 
 from molora_kernels import workspace
-from molora_kernels.one_pass import compiled, one_pass
 from molora_kernels.router import cpp
 
 
 def forward(
     x_TK: Tensor,
-    weight_HEK: Tensor,
-    bias_HE: Tensor | None,
-    selection_bias_HE: Tensor | None,
+    weights_EK: list[Tensor],
+    biases_E: list[Tensor],
+    selection_biases_E: list[Tensor],
     mask_T: Tensor | None,
     top_k: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gates (T, H, E), logits (T, H, E), sums (H, 1 + E), counts (H, E)."""
-    heads, experts, features = weight_HEK.shape
+    """Gates (T, H, E), logits (T, H, E), sums (H, 1 + E), counts (H, E), of H weights and as many biases or none."""
+    if cpp.serves(x_TK):
+        return cpp.forward(x_TK, weights_EK, biases_E, selection_biases_E, mask_T, top_k)
     dtype = torch.promote_types(torch.float32, x_TK.dtype)
-    weight = weight_HEK.reshape(heads * experts, features).to(dtype)
-    logits = _logits_of(x_TK, weight).view(-1, heads, experts)
-    if cpp.serves(logits):
-        return cpp.forward(logits, bias_HE, selection_bias_HE, mask_T, top_k)
-    if bias_HE is not None:
-        logits += bias_HE.to(dtype)
+    with workspace.scope():
+        logits = torch.mm(workspace.cast(x_TK, dtype), torch.cat(weights_EK).to(dtype).T)
+    logits = logits.view(-1, len(weights_EK), len(weights_EK[0]))
+    if biases_E:
+        logits += torch.stack(biases_E).to(dtype)
     logits_HET = _experts_first(logits)
-    probs = torch.softmax(logits_HET, dim=1)
-    chosen = _choose(logits_HET if selection_bias_HE is None else probs + selection_bias_HE.to(dtype)[..., None], top_k)
+    probs = scores = torch.softmax(logits_HET, dim=1)
+    if selection_biases_E:
+        scores = probs + torch.stack(selection_biases_E).to(dtype)[..., None]
+    chosen = _choose(scores if selection_biases_E else logits_HET, top_k)
 
     # Renormalised, the chosen probabilities are the softmax over the chosen logits, which cannot become 0 / 0.
     gates = probs * chosen if top_k == 1 else torch.softmax(logits_HET.masked_fill(chosen == 0, float("-inf")), dim=1)
@@ -46,25 +47,6 @@ def forward(
         valid = mask_T.bool()
         terms, chosen = terms.where(valid, 0.0), chosen.where(valid, 0.0)
     return _tokens_first(gates), logits, terms.sum(-1), chosen.sum(-1)
-
-
-_FEW = 16
-"""Up to so many logits, rows of 16 bits are multiplied as they are read; beyond, a product of a copy is faster."""
-
-
-def _logits_of(x_TK: Tensor, weight_EK: Tensor) -> Tensor:
-    """(T, E) in the weights' dtype."""
-    if x_TK.dtype != weight_EK.dtype and len(weight_EK) <= _FEW and compiled(x_TK):
-        logits = x_TK.new_empty(len(x_TK), len(weight_EK), dtype=weight_EK.dtype)
-        _multiply(x_TK, logits, weight_EK)
-        return logits
-    with workspace.scope():
-        return torch.mm(workspace.cast(x_TK, weight_EK.dtype), weight_EK.T)
-
-
-@one_pass(rows=2)
-def _multiply(x: Tensor, out: Tensor, weight: Tensor) -> None:
-    out.copy_((x[:, None].to(weight.dtype) * weight).sum(-1))
 
 
 def _experts_first(given_THE: Tensor) -> Tensor:
@@ -104,7 +86,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (T, K) in x's dtype, dweight (H, E, K) and dbias (H, E) in the router's; what is not needed is empty."""
     heads, experts, features = weight_HEK.shape
-    dlogits = dlogits_of(dgates_THE, dsums_HS, logits_THE, gates_THE, mask_T, top_k)
+    dlogits, dbiases = dlogits_of(dgates_THE, dsums_HS, logits_THE, gates_THE, mask_T, top_k, need_drouter)
     flat = dlogits.view(-1, heads * experts)
     dx, dweight, dbias = x_TK.new_empty(0), flat.new_empty(0), flat.new_empty(0)
     if need_dx:
@@ -113,7 +95,7 @@ def backward(
     if need_drouter:
         with workspace.scope():
             dweight = torch.mm(flat.T, workspace.cast(x_TK, flat.dtype)).view(heads, experts, features)
-        dbias = dlogits.sum(0)
+        dbias = torch.stack(dbiases)
     return dx, dweight, dbias
 
 
@@ -124,15 +106,17 @@ def dlogits_of(
     gates_THE: Tensor,
     mask_T: Tensor | None,
     top_k: int,
-) -> Tensor:
-    """(T, H, E): the gradient of the logits from the gates and from the sums that the router losses read.
+    need_dbias: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """(T, H, E): the gradient of the logits from the gates and from the sums that the router losses read; and of each
+    router's bias (E,), which is its sum over tokens.
 
     Renormalised gates are a softmax over the chosen logits, so with h_e = g_e dg_e
     ``dlogit_e = h_e - g_e sum_j h_j``; for k = 1 the gate is p itself and p takes the place of g in the second term.
     Of the sums, z gives ``2 lse p_e``, and the probability sums with upstream w give ``p_e (w_e - sum_j w_j p_j)``.
     """
     if cpp.serves(logits_THE):
-        return cpp.dlogits_of(dgates_THE, dsums_HS, logits_THE, gates_THE, mask_T, top_k)
+        return cpp.dlogits_of(dgates_THE, dsums_HS, logits_THE, gates_THE, mask_T, top_k, need_dbias)
     logits, gates = _experts_first(logits_THE), _experts_first(gates_THE)
     probs = torch.softmax(logits, dim=1)
     if dgates_THE is None:
@@ -148,14 +132,15 @@ def dlogits_of(
         if mask_T is not None:
             from_sums = from_sums.where(mask_T.bool(), 0.0)
         dlogits = dlogits + from_sums
-    return _tokens_first(dlogits)
+    dlogits = _tokens_first(dlogits)
+    return dlogits, [d.sum(0) for d in dlogits.unbind(1)] if need_dbias else []
 
 
-def grads_of(dlogits_THE: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The gradients of weight and bias of each router that reads x, in the routers' precision."""
+def dweights_of(dlogits_THE: Tensor, x: Tensor) -> list[Tensor]:
+    """The gradient of the weight of each router that reads x, in the routers' precision."""
     with workspace.scope():
         dweights = dlogits_THE.flatten(1).T.mm(workspace.cast(x, dlogits_THE.dtype)).split(dlogits_THE.shape[2])
-    return [(dweight.clone(), dlogits.sum(0)) for dweight, dlogits in zip(dweights, dlogits_THE.unbind(1), strict=True)]
+    return [dweight.clone() for dweight in dweights]
 
 
 def columns_of(dlogits_THE: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -168,10 +153,8 @@ def columns_of(dlogits_THE: Tensor, dtype: torch.dtype) -> Tensor | None:
     return columns if dtype == columns.dtype else None
 
 
-def grads_of_columns(products_CK: Tensor, dlogits_THE: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """As :func:`grads_of`, from the transposed product of x^T with :func:`columns_of`."""
+def dweights_of_columns(products_CK: Tensor, dlogits_THE: Tensor) -> list[Tensor]:
+    """As :func:`dweights_of`, from the transposed product of x^T with :func:`columns_of`."""
     _, heads, experts = dlogits_THE.shape
-    terms = products_CK.to(dlogits_THE.dtype).reshape(-1, heads, experts, products_CK.shape[1])
-    return [
-        (dweight.clone(), dlogits.sum(0)) for dweight, dlogits in zip(terms.sum(0), dlogits_THE.unbind(1), strict=True)
-    ]
+    terms = products_CK.to(dlogits_THE.dtype).view(-1, heads, experts, products_CK.shape[1])
+    return [own[0].clone() if len(own) == 1 else own.sum(0) for own in terms.unbind(1)]

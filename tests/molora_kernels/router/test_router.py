@@ -164,7 +164,7 @@ def test_operators_keep_their_contracts() -> None:
     inputs = router_inputs(7, 8, 2, 4, bias=True, mask=True)
     x, weight, bias = (t.clone().requires_grad_() for t in (inputs.x, inputs.weight, inputs.bias) if t is not None)
     torch.library.opcheck(op.router_fwd, (x, weight, bias, None, inputs.mask, 2))
-    gates, logits, _, _ = portable.forward(inputs.x, inputs.weight, inputs.bias, None, inputs.mask, 2)
+    gates, logits, _, _ = portable.forward(inputs.x, [*inputs.weight], [*inputs.bias], [], inputs.mask, 2)
     upstream = (inputs.dgates, inputs.dsums, inputs.x, inputs.weight, logits, gates, inputs.mask, 2)
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(op.router_bwd, (*upstream, *needs))
