@@ -140,12 +140,12 @@ def to_shrink(
     """ds (fp32), laid out as the shrinks are, and db and dgates as in :func:`backward`."""
     ds = workspace.empty(s, *s.shape, dtype=torch.float32)
     db = [b.new_empty(b.shape) for b in lora_b_NR] if need_dlora else []
-    dgates = s.new_empty(0) if gates_THE is None or not need_dgates else gates_THE.new_zeros(gates_THE.shape)
+    dgates = None if gates_THE is None or not need_dgates else gates_THE.new_zeros(gates_THE.shape)
     _run(
         "to_shrink", orders, gates_THE, s, ds=ds, y=[_rows(dy) for dy in dys_TN], b=lora_b_NR, db=db, dgates=dgates,
         scaling=scaling, scratch=s.numel(),
     )  # fmt: skip
-    return ds, db, dgates
+    return ds, db, s.new_empty(0) if dgates is None else dgates
 
 
 def to_input(
@@ -231,7 +231,6 @@ class _Projection(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("a", "b", "da", "db", "y")),
         *((name, ctypes.c_int64) for name in ("ldy", "N")),
-        *((name, ctypes.c_void_p) for name in ("order", "gates", "dgates")),
     )
 
 
@@ -242,8 +241,10 @@ class _Call(ctypes.Structure):
         ("projections", ctypes.POINTER(_Projection)),
         ("G", ctypes.c_int64),
         ("x", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("ldx", "T", "K", "E", "r", "M", "V", "most", "once", "ldg")),
-        *((name, ctypes.c_void_p) for name in ("scratch", "s", "ds", "others", "of_others")),
+        *((name, ctypes.c_int64) for name in ("ldx", "T", "K", "E", "r", "H", "M", "V", "most", "order_size")),
+        ("order", ctypes.c_void_p),
+        ("once", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("gates", "dgates", "scratch", "s", "ds", "others", "of_others")),
         ("Q", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("scaling", "factor")),
         ("threads", ctypes.c_int64),
@@ -273,20 +274,20 @@ def _run(
     with workspace.scope():
         a, b, others = ([_in_fp32(t) for t in given] for given in (a, b, others))  # held until it returns, as is room
         own_da, own_db = ([_own_or_fp32(t) for t in given] for given in (da, db))
-        room = workspace.empty(s, scratch, dtype=torch.float32)
-        gates = None if gates_THE is None else gates_THE.contiguous()
+        room = workspace.empty(s, scratch, dtype=torch.float32) if scratch else None
+        table, gates = orders.table, None if gates_THE is None else gates_THE.contiguous()
         count = max(len(a), len(b), len(da))
         addresses = [[t.data_ptr() for t in given] or [None] * count for given in (a, b, own_da, own_db, y)]
         shapes = [(t.stride(0), t.shape[1]) for t in y] or [(0, 0)] * count
-        by_head = [_each_head(t, dim, count) for t, dim in ((orders.table, 0), (gates, 1), (dgates, 1))]
-        fields = zip(*addresses, *zip(*shapes, strict=True), *by_head, strict=True)
         call = _Call(
-            projections=(_Projection * count)(*fields), G=count, T=s.shape[0], E=orders.experts, M=orders.chosen,
-            V=orders.visits, most=orders.most, once=orders.once, ldg=0 if gates is None else gates.stride(0),
-            r=(a[0].shape[0] if a else da[0].shape[0] if da else b[0].shape[1]) // orders.experts,
-            scratch=room.data_ptr(), s=s.data_ptr(), ds=address(ds), scaling=scaling, factor=factor,
-            threads=torch.get_num_threads(),
+            projections=(_Projection * count)(*zip(*addresses, *zip(*shapes, strict=True), strict=True)), G=count,
+            T=s.shape[0], E=orders.experts, M=orders.chosen, V=orders.visits, most=orders.most, once=orders.once,
+            r=(a[0].shape[0] if a else da[0].shape[0] if da else b[0].shape[1]) // orders.experts, s=s.data_ptr(),
+            ds=address(ds), gates=address(gates), dgates=address(dgates), scratch=address(room), scaling=scaling,
+            factor=factor, threads=torch.get_num_threads(),
         )  # fmt: skip
+        if table is not None:
+            (call.H, call.order_size), call.order = table.shape, table.data_ptr()
         if x is not None:
             call.x, call.ldx, call.K = x.data_ptr(), x.stride(0), x.shape[1]
         if others:
@@ -296,13 +297,6 @@ def _run(
         for own, found in zip((*da, *db), (*own_da, *own_db), strict=True):
             if own is not found:
                 own.copy_(found)
-
-
-def _each_head(t: Tensor | None, dim: int, projections: int) -> list[int | None]:
-    """Where each projection's own begins; all begin with the only one that there is."""
-    if t is None or not t.numel():
-        return [None] * projections
-    return [t.data_ptr() + min(g, t.shape[dim] - 1) * t.stride(dim) * t.itemsize for g in range(projections)]
 
 
 def _rows(x: Tensor) -> Tensor:

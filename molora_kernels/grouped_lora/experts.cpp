@@ -32,9 +32,6 @@ struct Projection {
   float *da, *db;      // likewise
   void* y;             // (T, N) of the call's dtype, rows ldy apart: the output, or its gradient
   int64_t ldy, N;
-  const int64_t* order;  // what order() wrote
-  const float* gates;    // (T, E), rows the call's ldg apart; null without gates
-  float* dgates;         // likewise, or null
 };
 
 struct Call {
@@ -42,14 +39,17 @@ struct Call {
   int64_t G;
   void* x;  // (T, K) of the call's dtype, rows ldx apart: the input, or its gradient
   int64_t ldx, T, K, E, r;
-  int64_t M, V, most;  // of order(); without gates 0
-  int64_t once;        // whether each token is visited once
-  int64_t ldg;
-  float* scratch;       // forward: all of s, A and B; to_shrink: all of s
-  void* s;              // of the call's dtype, the shrinks of all projections: (G, V, C), or without gates (T, G r)
-  float* ds;            // likewise, in fp32
-  const float* others;  // (T, Q), or null
-  float* of_others;     // (Q, K): what they are multiplied with (to_input), or the gradient of that (to_adapter)
+  int64_t H;  // heads of the gates: G, or one that all projections share; without gates 0, as are the next
+  int64_t M, V, most, order_size;
+  const int64_t* order;  // of each head, what order() wrote
+  int64_t once;          // whether each token is visited once
+  const float* gates;    // (T, H, E), or null
+  float* dgates;         // likewise
+  float* scratch;        // forward: all of s, A and B; to_shrink: all of s
+  void* s;               // of the call's dtype, the shrinks of all projections: (G, V, C), or without gates (T, G r)
+  float* ds;             // likewise, in fp32
+  const float* others;   // (T, Q), or null
+  float* of_others;      // (Q, K): what they are multiplied with (to_input), or the gradient of that (to_adapter)
   int64_t Q;
   double scaling;  // alpha / r
   double factor;   // of A: what dropout's survivors are multiplied by
@@ -170,13 +170,13 @@ class Jobs {
  public:
   // Of the call's dtype; gated, as large as s, or null.
   template <typename T>
-  Jobs(const Call& call, T*, float* gated) : call(call), everyone(call.M ? 0 : call.T), all(call.M ? 0 : call.G) {
+  Jobs(const Call& call, T*, float* gated) : call(call), everyone(call.H ? 0 : call.T), all(call.H ? 0 : call.G) {
     std::iota(everyone.begin(), everyone.end(), 0);
     std::iota(all.begin(), all.end(), 0);
     for (int64_t g = 0; g < call.G; g++) {
       const Projection& p = call.projections[g];
       Job job{};
-      const bool routed = call.M;
+      const bool routed = call.H;
       job.r = call.r;
       const int64_t experts = routed ? call.E : 1, R = experts * call.r;
       job.C = routed ? call.M * call.r : call.r;
@@ -185,8 +185,12 @@ class Jobs {
       job.s = static_cast<T*>(call.s) + at;
       job.ds = call.ds ? call.ds + at : nullptr;
       job.gated = gated ? gated + at : nullptr;
-      job.gates = p.gates, job.dgates = p.dgates, job.ldg = call.ldg;
-      job.groups = routed ? of_order(p.order) : Groups{everyone.data(), ends, all.data(), 1, 1};
+      const int64_t head = std::min(g, call.H - 1);
+      job.gates = call.gates ? call.gates + head * call.E : nullptr;
+      job.dgates = call.dgates ? call.dgates + head * call.E : nullptr;
+      job.ldg = call.H * call.E;
+      job.groups =
+          routed ? of_order(call.order + head * call.order_size) : Groups{everyone.data(), ends, all.data(), 1, 1};
 
       Job out = job;
       out.rows = p.y, out.ld = p.ldy, out.F = p.N, out.feature = R, out.column = 1, out.factor = 1.0f;
@@ -469,9 +473,7 @@ void forward(const Call& call) {
 template <typename T>
 void to_shrink(const Call& call) {
   const Jobs jobs(call, static_cast<T*>(nullptr), call.scratch);
-  const float* dgates = call.projections[0].dgates;
-  const bool shared = dgates && call.G > 1 && dgates == call.projections[1].dgates;
-  const std::vector<Task> to_s = blocks_of(jobs.outputs, true, shared), to_b = features_of(jobs.outputs);
+  const std::vector<Task> to_s = blocks_of(jobs.outputs, true, call.H == 1), to_b = features_of(jobs.outputs);
 #pragma omp parallel num_threads(int(call.threads))
   {
     each(to_s, [&](const Task& task) { shrink<T>(jobs.outputs[task.job], task, float(call.scaling), true); });
