@@ -3,6 +3,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int64_t LANES = 16;  // of a vector; where registers are narrower the compiler makes several of one
@@ -30,6 +34,40 @@ inline void set(bfloat16& to, float x) {
   to.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
 }
 
+// The same of a whole vector.
+typedef uint32_t bits32 __attribute__((vector_size(4 * LANES), aligned(2)));
+typedef uint16_t bits16 __attribute__((vector_size(2 * LANES), aligned(2)));
+
+inline vec load(const bfloat16* p) {
+  return vec(__builtin_convertvector(*reinterpret_cast<const bits16*>(p), bits32) << 16);
+}
+inline void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
+inline void store(bfloat16* p, vec x) {
+#ifdef __AVX512BF16__
+  const __m256bh rounded = _mm512_cvtneps_pbh(__m512(x));
+  std::memcpy(p, &rounded, sizeof rounded);
+#else
+  const bits32 bits = bits32(x), nan = bits32(x != x);
+  const bits32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  *reinterpret_cast<bits16*>(p) = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), bits16);
+#endif
+}
+
+// Of the first n of a vector; the others are zero.
+template <typename T>
+inline vec load(const T* p, int64_t n) {
+  T some[LANES] = {};
+  std::memcpy(some, p, n * sizeof(T));
+  return load(n == LANES ? p : some);
+}
+template <typename T>
+inline void store(T* p, vec x, int64_t n) {
+  T some[LANES];
+  store(n == LANES ? p : some, x);
+  if (n < LANES) std::memcpy(p, some, n * sizeof(T));
+}
+
+// n numbers, and zeros after them.
 template <typename T>
 inline void read(const T* from, float* to, int64_t n, int64_t padded) {
   for (int64_t i = 0; i < n; i++) to[i] = to_float(from[i]);
@@ -38,7 +76,10 @@ inline void read(const T* from, float* to, int64_t n, int64_t padded) {
 
 template <typename T>
 inline void write(const float* from, T* to, int64_t n) {
-  for (int64_t i = 0; i < n; i++) set(to[i], from[i]);
+  for (int64_t i = 0; i < n; i += LANES) {
+    const int64_t some = n - i < LANES ? n - i : LANES;
+    store(to + i, load(from + i, some), some);
+  }
 }
 
 }  // namespace

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from molora_kernels import workspace
 from molora_kernels.dropout import Dropout
-from molora_kernels.grouped_lora import cpp, portable, portable_grouped
+from molora_kernels.grouped_lora import cpp as grouped
+from molora_kernels.grouped_lora import portable, portable_grouped
+from molora_kernels.mlp_block import cpp
 from molora_kernels.one_pass import one_pass
 from molora_kernels.router import portable as router
 
@@ -166,17 +168,26 @@ def backward(
 
 def _grouped(x: Tensor, gates: Tensor | None) -> Any:
     """The module that computes the grouped form of rows like x."""
-    return cpp if cpp.serves(x, gates) else portable_grouped
+    return grouped if grouped.serves(x, gates) else portable_grouped
+
+
+def _swiglu(h_gate: Tensor, h_up: Tensor, out: Tensor) -> None:
+    (cpp.swiglu if cpp.serves(h_gate, h_up, out) else _swiglu_pass)(h_gate, h_up, out)
+
+
+def _swiglu_backward_(dh: Tensor, h_gate: Tensor, h_up: Tensor, h: Tensor, dh_up: Tensor) -> None:
+    """h again, dh_up, and dh_gate in the place of dh."""
+    own = cpp.swiglu_backward_ if cpp.serves(dh, h_gate, h_up, h, dh_up) else _swiglu_backward_pass_
+    own(dh, h_gate, h_up, h, dh_up)
 
 
 @one_pass(rows=3)
-def _swiglu(h_gate: Tensor, h_up: Tensor, out: Tensor) -> None:
+def _swiglu_pass(h_gate: Tensor, h_up: Tensor, out: Tensor) -> None:
     torch.mul(F.silu(h_gate), h_up, out=out)
 
 
 @one_pass(rows=5)
-def _swiglu_backward_(dh: Tensor, h_gate: Tensor, h_up: Tensor, h: Tensor, dh_up: Tensor) -> None:
-    """h again, dh_up, and dh_gate in the place of dh."""
+def _swiglu_backward_pass_(dh: Tensor, h_gate: Tensor, h_up: Tensor, h: Tensor, dh_up: Tensor) -> None:
     silu = F.silu(h_gate)
     torch.mul(silu, h_up, out=h)
     torch.mul(silu, dh, out=dh_up)

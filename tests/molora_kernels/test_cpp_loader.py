@@ -47,7 +47,8 @@ def test_kernels_stay_within_what_they_are_given() -> None:
         pytest.skip("g++ has no sanitizers here")
     environment = os.environ | {"LD_PRELOAD": " ".join(libraries), "PYTHONMALLOC": "malloc"}
     environment |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1", "PYTHONPATH": str(HERE)}
-    tests = [HERE / "grouped_lora" / "test_cpp.py", HERE / "router" / "test_router.py"]
+    files = "grouped_lora/test_cpp.py", "mlp_block/test_swiglu.py", "router/test_router.py"
+    tests = [HERE / file for file in files]
     command = [sys.executable, "-m", "pytest", "-p", "sanitized", "-k", "not torch.compile", *map(str, tests)]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
