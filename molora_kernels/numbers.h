@@ -56,15 +56,17 @@ inline void store(bfloat16* p, vec x) {
 // Of the first n of a vector; the others are zero.
 template <typename T>
 inline vec load(const T* p, int64_t n) {
+  if (n == LANES) return load(p);
   T some[LANES] = {};
   std::memcpy(some, p, n * sizeof(T));
-  return load(n == LANES ? p : some);
+  return load(some);
 }
 template <typename T>
 inline void store(T* p, vec x, int64_t n) {
+  if (n == LANES) return store(p, x);
   T some[LANES];
-  store(n == LANES ? p : some, x);
-  if (n < LANES) std::memcpy(p, some, n * sizeof(T));
+  store(some, x);
+  std::memcpy(p, some, n * sizeof(T));
 }
 
 // n numbers, and zeros after them.

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "../numbers.h"
@@ -67,26 +68,66 @@ inline void prefetch(const T* row, int64_t n) {
 int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Memory of this thread, kept from call to call; of any content. One for each purpose.
-template <int purpose>
-float* kept(int64_t size) {
-  static thread_local std::vector<float> memory;
+template <int purpose, typename T = float>
+T* kept(int64_t size) {
+  static thread_local std::vector<T> memory;
   if (int64_t(memory.size()) < size) memory.resize(size);
   return memory.data();
 }
+
+// --- terms --------------------------------------------------------------------------------------------------------
+
+// What products of rows of T add up: numbers of fp32, or where the processor multiplies them (AVX512-BF16), pairs of
+// bf16, to sums of fp32, twice as many in the same time.
+#ifdef __AVX512BF16__
+struct pair {
+  bfloat16 first, second;
+};
+template <typename T>
+using Term = std::conditional_t<std::is_same_v<T, float>, float, pair>;
+
+inline __m512i load(const pair* p) { return _mm512_loadu_si512(p); }
+inline vec add_product(vec sum, pair a, __m512i b) {
+  int bits;
+  std::memcpy(&bits, &a, 4);
+  return vec(_mm512_dpbf16_ps(__m512(sum), __m512bh(_mm512_set1_epi32(bits)), __m512bh(b)));
+}
+
+// The first n numbers of two rows side by side: to has whole vectors.
+template <typename T>
+inline void pair_up(const T* first, const T* second, pair* to, int64_t n) {
+  alignas(64) static const uint16_t turns[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  for (int64_t i = 0; i < n; i += LANES) {
+    const int64_t some = std::min(LANES, n - i);
+    const vec low = load(first + i, some), high = load(second + i, some);
+    const __m512i both = __m512i(_mm512_cvtne2ps_pbh(__m512(high), __m512(low)));
+    _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(_mm512_load_si512(turns), both));
+  }
+}
+#else
+template <typename T>
+using Term = float;
+#endif
+
+template <typename T>
+constexpr int64_t PER_TERM = std::is_same_v<Term<T>, float> ? 1 : 2;
+
+inline vec add_product(vec sum, float a, vec b) { return sum + a * b; }
 
 // --- tiles --------------------------------------------------------------------------------------------------------
 
 // to[i][j] += sum over k of x[i][k] w[j][k ldw], of TILE_ROWS rows and N vectors of columns. Sums begin at zero and are
 // added at the end: long ones are sums of sums, which err less.
-template <int N>
-void tile(const float* const* x, const float* const* w, int64_t ldw, int64_t K, float* const* to) {
+template <int N, typename Term>
+void tile(const Term* const* x, const Term* const* w, int64_t ldw, int64_t K, float* const* to) {
   vec s[TILE_ROWS][N] = {};
   for (int64_t k = 0; k < K; k++) {
-    vec b[N];
+    decltype(load(w[0])) b[N];
     for (int j = 0; j < N; j++) b[j] = load(w[j] + k * ldw);
     for (int i = 0; i < TILE_ROWS; i++) {
-      float a = x[i][k];
-      for (int j = 0; j < N; j++) s[i][j] += a * b[j];
+      const Term a = x[i][k];
+      for (int j = 0; j < N; j++) s[i][j] = add_product(s[i][j], a, b[j]);
     }
   }
   for (int i = 0; i < TILE_ROWS; i++)
@@ -94,7 +135,8 @@ void tile(const float* const* x, const float* const* w, int64_t ldw, int64_t K, 
 }
 
 // Of any number of vectors of columns.
-void tiles(const float* const* x, const std::vector<const float*>& w, int64_t ldw, int64_t K, float* to, int64_t ldt) {
+template <typename Term>
+void tiles(const Term* const* x, const std::vector<const Term*>& w, int64_t ldw, int64_t K, float* to, int64_t ldt) {
   for (int64_t j = 0; j < int64_t(w.size()); j += TILE_VECTORS) {
     float* rows[TILE_ROWS];
     for (int64_t i = 0; i < TILE_ROWS; i++) rows[i] = to + i * ldt + j * LANES;
@@ -115,27 +157,30 @@ void tiles(const float* const* x, const std::vector<const float*>& w, int64_t ld
 }
 
 // d[i][j] += sum over v of columns[v][i] rows[v][j], of M columns and GRAD_FEATURES features; likewise.
-template <int M>
-void grad_tile(const float* columns, int64_t ldc, const float* rows, int64_t ldr, int64_t V, float* d, int64_t ldd) {
+template <int M, typename Term>
+void grad_tile(const Term* columns, int64_t ldc, const Term* rows, int64_t V, float* d) {
   vec s[M][2] = {};
-  for (int64_t v = 0; v < V; v++, columns += ldc, rows += ldr) {
-    vec b[2] = {load(rows), load(rows + LANES)};
+  for (int64_t v = 0; v < V; v++, columns += ldc, rows += BLOCK_FEATURES) {
+    const auto b0 = load(rows), b1 = load(rows + LANES);
     for (int i = 0; i < M; i++) {
-      float a = columns[i];
-      for (int j = 0; j < 2; j++) s[i][j] += a * b[j];
+      s[i][0] = add_product(s[i][0], columns[i], b0);
+      s[i][1] = add_product(s[i][1], columns[i], b1);
     }
   }
   for (int i = 0; i < M; i++)
-    for (int j = 0; j < 2; j++) add(d + i * ldd + j * LANES, s[i][j]);
+    for (int j = 0; j < 2; j++) add(d + i * BLOCK_FEATURES + j * LANES, s[i][j]);
 }
 
 // To ``many`` rows of d that follow one another, of as many columns, all features of a block.
-void grad_tiles(const float* columns, int64_t ldc, int64_t many, const float* rows, int64_t V, float* d) {
+template <typename Term>
+void grad_tiles(const Term* columns, int64_t ldc, int64_t many, const Term* rows, int64_t V, float* d) {
   for (int64_t i = 0; i < many;) {
     const int64_t step = many - i >= GRAD_COLUMNS ? GRAD_COLUMNS : many - i >= 4 ? 4 : 1;
-    const auto own = step == GRAD_COLUMNS ? grad_tile<GRAD_COLUMNS> : step == 4 ? grad_tile<4> : grad_tile<1>;
+    const auto own = step == GRAD_COLUMNS ? grad_tile<GRAD_COLUMNS, Term>
+                     : step == 4          ? grad_tile<4, Term>
+                                          : grad_tile<1, Term>;
     for (int64_t j = 0; j < BLOCK_FEATURES; j += GRAD_FEATURES)
-      own(columns + i, ldc, rows + j, BLOCK_FEATURES, V, d + i * BLOCK_FEATURES + j, BLOCK_FEATURES);
+      own(columns + i, ldc, rows + j, V, d + i * BLOCK_FEATURES + j);
     i += step;
   }
 }
@@ -313,36 +358,62 @@ void each(const std::vector<Task>& tasks, Run run) {
 // - backward, of a given s: ds = c product, gated = c s, and dgates += scaling <product, s> of each chosen expert.
 template <typename T>
 void shrink(const Job& job, const Task& task, float scaling, bool backward) {
+  constexpr int64_t PER = PER_TERM<T>;
   const int64_t r = job.r, M = job.groups.M, C = job.C, columns = padded(C, LANES), ldc = job.ldc;
   const int64_t K = std::max<int64_t>(64, PANEL / columns / 64 * 64), *own = job.groups.experts + task.group * M;
   const int64_t* tokens = job.groups.tokens;
-  float *panel = kept<0>(K * columns), *sums = kept<1>((BLOCK_ROWS + TILE_ROWS) * columns);
-  float* rows = sizeof(T) == sizeof(float) ? nullptr : kept<2>(TILE_ROWS * K);
+  Term<T>*panel = kept<0, Term<T>>(K * columns), *staged = kept<1, Term<T>>(TILE_ROWS * K);
+  float *sums = kept<2>((BLOCK_ROWS + TILE_ROWS) * columns), *two = kept<3>(3 * columns), *zeros = two + 2 * columns;
   std::fill_n(sums, (task.last - task.first + TILE_ROWS) * columns, 0.0f);
-  // Weights are read where they lie if an expert's columns are whole vectors, else side by side in a panel.
+  std::fill_n(two, 3 * columns, 0.0f);
+  // Numbers are read where they lie if an expert's columns are whole vectors, else, as pairs always are, from a panel.
   const bool whole = r % LANES == 0;
-  std::vector<const float*> w(columns / LANES);
+  std::vector<const Term<T>*> w(columns / LANES);
   for (int64_t k0 = 0; k0 < job.F; k0 += K) {
-    const int64_t n = std::min(K, job.F - k0);
-    for (int64_t j = 0; j < int64_t(w.size()); j++)
-      w[j] = whole ? job.weights[own[j * LANES / r]] + k0 * job.feature + j * LANES % r : panel + j * LANES;
-    for (int64_t k = 0; k < n && !whole; k++) {
-      float* to = panel + k * columns;
-      for (int64_t m = 0; m < M; m++, to += r) std::memcpy(to, job.weights[own[m]] + (k0 + k) * job.feature, 4 * r);
-      std::fill(to, panel + (k + 1) * columns, 0.0f);
+    const int64_t n = std::min(K, job.F - k0), terms = (n + PER - 1) / PER;
+    for (int64_t j = 0; j < int64_t(w.size()); j++) {
+      w[j] = panel + j * LANES;
+      if constexpr (PER == 1)
+        if (whole) w[j] = job.weights[own[j * LANES / r]] + k0 * job.feature + j * LANES % r;
     }
-    for (int64_t v = task.first; v < task.last; v += TILE_ROWS) {
-      const float* from[TILE_ROWS];
-      for (int64_t i = 0; i < TILE_ROWS; i++) {  // beyond the last row, that row again
-        const T* row = static_cast<const T*>(job.rows) + tokens[std::min(v + i, task.last - 1)] * job.ld + k0;
-        if constexpr (sizeof(T) == sizeof(float)) {
-          from[i] = row;
+    for (int64_t k = 0; k < terms && !(PER == 1 && whole); k++) {
+      Term<T>* to = panel + k * columns;
+      for (int64_t m = 0; m < M; m++) {
+        const float* row = job.weights[own[m]] + (k0 + k * PER) * job.feature;
+        if constexpr (PER == 1) {
+          std::memcpy(to + m * r, row, 4 * r);
         } else {
-          read(row, rows + i * K, n, n);
-          from[i] = rows + i * K;
+          const float* next = k * PER + 1 < n ? row + job.feature : zeros;
+          if (whole) {
+            pair_up(row, next, to + m * r, r);
+          } else {
+            std::memcpy(two + m * r, row, 4 * r);
+            std::memcpy(two + columns + m * r, next, 4 * r);
+          }
         }
       }
-      tiles(from, w, whole ? job.feature : columns, n, sums + (v - task.first) * columns, columns);
+      if constexpr (PER == 1)
+        std::fill(to + C, to + columns, 0.0f);
+      else if (!whole)
+        pair_up(two, two + columns, to, columns);
+    }
+    for (int64_t v = task.first; v < task.last; v += TILE_ROWS) {
+      const Term<T>* from[TILE_ROWS];
+      for (int64_t i = 0; i < TILE_ROWS; i++) {  // beyond the last row, that row again
+        const T* row = static_cast<const T*>(job.rows) + tokens[std::min(v + i, task.last - 1)] * job.ld + k0;
+        from[i] = staged + i * K;
+        if constexpr (sizeof(T) * PER == sizeof(Term<T>)) {
+          if (n % PER == 0) {
+            from[i] = reinterpret_cast<const Term<T>*>(row);
+          } else {
+            std::memset(staged + i * K + terms - 1, 0, sizeof(Term<T>));
+            std::memcpy(staged + i * K, row, n * sizeof(T));
+          }
+        } else {
+          read(row, staged + i * K, n, n);
+        }
+      }
+      tiles(from, w, PER == 1 && whole ? job.feature : columns, terms, sums + (v - task.first) * columns, columns);
     }
   }
   for (int64_t v = task.first; v < task.last; v++) {
@@ -377,39 +448,64 @@ void shrink(const Job& job, const Task& task, float scaling, bool backward) {
 template <typename T>
 void expand(const Job& job, const Task& task, const float* columns, const float* others, const float* of_others,
             int64_t Q) {
-  const int64_t r = job.r, M = job.groups.M, C = job.C;
+  constexpr int64_t PER = PER_TERM<T>;
+  const int64_t r = job.r, M = job.groups.M, C = job.C, all = C + Q, terms = (all + PER - 1) / PER;
   const int64_t *tokens = job.groups.tokens, *own = job.groups.experts + task.group * M;
-  float *panel = kept<0>((C + Q) * TILE_COLUMNS), staged[TILE_ROWS * TILE_COLUMNS];
-  const float *w[TILE_VECTORS], *w_others[TILE_VECTORS];
-  for (int64_t j = 0; j < TILE_VECTORS; j++) w[j] = panel + j * LANES, w_others[j] = w[j] + C * TILE_COLUMNS;
+  float staged[TILE_ROWS * TILE_COLUMNS], *numbers = kept<0>((all + 1) * TILE_COLUMNS);
+  Term<T>* panel;
+  if constexpr (PER == 1)
+    panel = numbers;
+  else
+    panel = kept<1, Term<T>>(terms * TILE_COLUMNS);
   T* rows = static_cast<T*>(job.rows);
+  // Columns and others, rounded, side by side: pairs.
+  bfloat16* side_by_side = PER == 1 ? nullptr : kept<2, bfloat16>((task.last - task.first) * terms * PER);
+  for (int64_t v = task.first; v < task.last && PER > 1; v++) {
+    bfloat16* to = side_by_side + (v - task.first) * terms * PER;
+    to[terms * PER - 1] = {0};
+    write(columns + v * job.ldc, to, C);
+    write(others + tokens[v] * Q, to + C, Q);
+  }
+  const Term<T>*w[TILE_VECTORS], *w_others[TILE_VECTORS];
+  for (int64_t j = 0; j < TILE_VECTORS; j++) w[j] = panel + j * LANES, w_others[j] = w[j] + C * TILE_COLUMNS;
   for (int64_t f = 0; f < job.F; f += TILE_COLUMNS) {
     const int64_t n = std::min(TILE_COLUMNS, job.F - f);
-    float* to = panel;
+    float* to = numbers;
     for (int64_t m = 0; m < M; m++) {
       for (int64_t j = 0; j < r; j++, to += TILE_COLUMNS) {
         read(job.weights[own[m]] + j * job.column + f, to, n, TILE_COLUMNS);
         for (int64_t i = 0; i < n && job.factor != 1.0f; i++) to[i] *= job.factor;
       }
     }
-    for (int64_t q = 0; q < Q; q++) read(of_others + q * job.F + f, panel + (C + q) * TILE_COLUMNS, n, TILE_COLUMNS);
+    for (int64_t q = 0; q < Q; q++, to += TILE_COLUMNS) read(of_others + q * job.F + f, to, n, TILE_COLUMNS);
+    if constexpr (PER > 1) {
+      std::fill_n(to, TILE_COLUMNS, 0.0f);
+      for (int64_t k = 0; k < terms; k++) {
+        const float* row = numbers + k * PER * TILE_COLUMNS;
+        pair_up(row, row + TILE_COLUMNS, panel + k * TILE_COLUMNS, TILE_COLUMNS);
+      }
+    }
     for (int64_t v = task.first; v < task.last; v += TILE_ROWS) {
       const int64_t many = std::min(TILE_ROWS, task.last - v);
       const bool direct = sizeof(T) == sizeof(float) && many == TILE_ROWS && n == TILE_COLUMNS;
-      const float *from[TILE_ROWS], *from_others[TILE_ROWS];
+      const Term<T>*from[TILE_ROWS], *from_others[TILE_ROWS];
       float* sums[TILE_ROWS];
       T* to[TILE_ROWS];
       for (int64_t i = 0; i < TILE_ROWS; i++) {
         const int64_t u = std::min(v + i, task.last - 1);
-        from[i] = columns + u * job.ldc;
-        from_others[i] = others + tokens[u] * Q;
+        if constexpr (PER == 1) {
+          from[i] = columns + u * job.ldc;
+          from_others[i] = others + tokens[u] * Q;
+        } else {
+          from[i] = reinterpret_cast<const Term<T>*>(side_by_side + (u - task.first) * terms * PER);
+        }
         to[i] = rows + tokens[u] * job.ld + f;
         sums[i] = direct ? reinterpret_cast<float*>(to[i]) : staged + i * TILE_COLUMNS;
         if (!direct) read(to[i], sums[i], n, TILE_COLUMNS);
         if (u + TILE_ROWS < task.last) prefetch(rows + tokens[u + TILE_ROWS] * job.ld + f, n);
       }
-      tile<TILE_VECTORS>(from, w, TILE_COLUMNS, C, sums);
-      if (Q) tile<TILE_VECTORS>(from_others, w_others, TILE_COLUMNS, Q, sums);
+      tile<TILE_VECTORS>(from, w, TILE_COLUMNS, PER == 1 ? C : terms, sums);
+      if (PER == 1 && Q) tile<TILE_VECTORS>(from_others, w_others, TILE_COLUMNS, Q, sums);
       for (int64_t i = 0; i < many && !direct; i++) write(sums[i], to[i], n);
     }
   }
@@ -419,25 +515,45 @@ void expand(const Job& job, const Task& task, const float* columns, const float*
 // rows; and of others (T, Q), in of_others (Q, F).
 template <typename T>
 void grad(const Job& job, const Task& task, const float* columns, const float* others, float* of_others, int64_t Q) {
+  constexpr int64_t PER = PER_TERM<T>;
   const Groups& groups = job.groups;
   const int64_t r = job.r, M = groups.M, R = int64_t(job.grads.size()) * r, n = task.last - task.first;
-  float *rows = kept<0>(GRAD_ROWS * BLOCK_FEATURES), *own_others = kept<1>(GRAD_ROWS * Q);
-  float* sums = kept<2>((R + Q) * BLOCK_FEATURES);
+  const int64_t C = PER == 1 ? 0 : padded(job.C, LANES), all = C + padded(Q, LANES), *tokens = groups.tokens;
+  Term<T>*rows = kept<0, Term<T>>(GRAD_ROWS * BLOCK_FEATURES), *staged = kept<1, Term<T>>(GRAD_ROWS * all);
+  float *sums = kept<2>((R + Q) * BLOCK_FEATURES), *zeros = kept<3>(std::max({job.C, Q, BLOCK_FEATURES}));
   const T* from = static_cast<const T*>(job.rows) + task.first;
   std::fill_n(sums, (R + Q) * BLOCK_FEATURES, 0.0f);
+  std::fill_n(zeros, std::max({job.C, Q, BLOCK_FEATURES}), 0.0f);
   for (int64_t g = 0; g < groups.count; g++) {
-    const int64_t last = groups.starts[g + 1], *tokens = groups.tokens;
+    const int64_t last = groups.starts[g + 1];
     for (int64_t v = groups.starts[g]; v < last; v += GRAD_ROWS) {
-      const int64_t V = std::min(GRAD_ROWS, last - v);
-      for (int64_t i = 0; i < V; i++) {
-        if (i + 8 < V) prefetch(from + tokens[v + i + 8] * job.ld, n);
-        read(from + tokens[v + i] * job.ld, rows + i * BLOCK_FEATURES, n, BLOCK_FEATURES);
-        for (int64_t q = 0; q < Q; q++) own_others[i * Q + q] = others[tokens[v + i] * Q + q];
+      const int64_t V = std::min(GRAD_ROWS, last - v), terms = (V + PER - 1) / PER;
+      // Others come after the columns, which pairs have beside them.
+      for (int64_t i = 0; i < terms; i++) {
+        const int64_t u = v + i * PER;
+        for (int64_t ahead = u + 8; ahead < std::min(u + 8 + PER, last); ahead++)
+          prefetch(from + tokens[ahead] * job.ld, n);
+        const T* row = from + tokens[u] * job.ld;
+        Term<T>*own = rows + i * BLOCK_FEATURES, *beside = staged + i * all;
+        if constexpr (PER == 1) {
+          read(row, own, n, BLOCK_FEATURES);
+          for (int64_t q = 0; q < Q; q++) beside[q] = others[tokens[u] * Q + q];
+        } else {
+          const bool two = u + 1 < last && i * PER + 1 < V;
+          std::fill(own + n, own + BLOCK_FEATURES, Term<T>{});
+          pair_up(row, two ? from + tokens[u + 1] * job.ld : reinterpret_cast<const T*>(zeros), own, n);
+          pair_up(columns + u * job.ldc, two ? columns + (u + 1) * job.ldc : zeros, beside, job.C);
+          pair_up(others + tokens[u] * Q, two ? others + tokens[u + 1] * Q : zeros, beside + C, Q);
+        }
       }
-      for (int64_t m = 0; m < M; m++)
-        grad_tiles(columns + v * job.ldc + m * r, job.ldc, r, rows, V,
-                   sums + groups.experts[g * M + m] * r * BLOCK_FEATURES);
-      grad_tiles(own_others, Q, Q, rows, V, sums + R * BLOCK_FEATURES);
+      for (int64_t m = 0; m < M; m++) {
+        float* to = sums + groups.experts[g * M + m] * r * BLOCK_FEATURES;
+        if constexpr (PER == 1)
+          grad_tiles(columns + v * job.ldc + m * r, job.ldc, r, rows, V, to);
+        else
+          grad_tiles(staged + m * r, all, r, rows, terms, to);
+      }
+      grad_tiles(staged + C, all, Q, rows, terms, sums + R * BLOCK_FEATURES);
     }
   }
   for (int64_t c = 0; c < R; c++) {
