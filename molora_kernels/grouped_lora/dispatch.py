@@ -28,9 +28,8 @@ RIDGE = {80: 156, 86: 76, 89: 164, 90: 295, 100: 281, 120: 117}
 4090, H100, B200, 5090)."""
 
 
-COMPILED_TOKENS = 512
-"""From which the grouped form's C++ kernels are ahead of the matrix library's products of all experts, in bf16, where
-more than half of the experts are left out."""
+COMPILED_TOKENS = 256
+"""From which the grouped form's C++ kernels are ahead of the matrix library's products of all experts, in bf16."""
 CPU_RIDGE = {False: {4: 56, 2: 100}, True: {4: 100, 2: 600}}
 """Rank left out per visit of a row from which moving the row pays, measured on a CPU without and with matrix units
 (AMX), for elements of 4 and of 2 bytes. The faster the products, the more must be spared; and for matrix units oneDNN
@@ -106,8 +105,8 @@ def choose_form(
 
     CPU, measured (docs/adr/0004-dense-experts.md): the same balance, with rows moved once where tokens are
     sorted by set and k times where by expert; short groups and narrow rows count as if there were more to move. In
-    fp32 and bf16, ``compiled`` to C++ and without matrix units, no row moves: in fp32 grouped takes 0.4
-    to 1.0 of dense (1.08 at worst, of 16 tokens), in bf16 less where more than half of the experts are left out.
+    fp32 and bf16, ``compiled`` to C++ and without matrix units, no row moves: in fp32 grouped takes 0.4 to 1.0 of dense
+    (1.08 at worst, of 16 tokens), in bf16 0.45 to 1.03, and more only of few tokens.
     """
     if top_k >= experts:
         return "dense"
@@ -116,8 +115,8 @@ def choose_form(
         ridge = RIDGE.get(10 * major + minor, RIDGE[90])  # unknown GPUs: the largest, so dense, which moves no tokens
         return "grouped" if (experts - top_k) * rank > top_k * ridge else "dense"
     if device_type == "cpu" and compiled and not amx and dtype in (torch.float32, torch.bfloat16):
-        worth = dtype == torch.float32 or (experts > 2 * top_k and tokens >= COMPILED_TOKENS)
-        return "grouped" if worth and tokens else "dense"
+        least = 1 if dtype == torch.float32 else COMPILED_TOKENS
+        return "grouped" if tokens >= least else "dense"
     if device_type == "cpu":
         by_set = order.sorted_by_set(experts, top_k)
         visits, groups = (1, math.comb(experts, top_k)) if by_set else (top_k, experts)
