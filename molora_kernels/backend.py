@@ -2,8 +2,8 @@
 
 - ``triton``: the kernels; CUDA devices (or, with ``TRITON_INTERPRET=1``, the interpreter on any device).
 - ``torch``: plain PyTorch with a hand-written backward; any device.
-- ``inductor``: the same with C++ kernels for experts and routers, and what lies between other matrix products compiled
-  too, all at first use; CPUs with a compiler.
+- ``inductor``: the same with C++ kernels for experts, routers and SwiGLU, and what lies between other matrix products
+  compiled too, all at first use; CPUs with a compiler.
 - ``reference``: the specification, eager and differentiated by autograd; any device, any dtype up to fp64. Slow.
 - ``auto``: ``triton`` for CUDA tensors when Triton is installed, ``inductor`` for CPU tensors when a C++ compiler is,
   else ``torch``.
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from molora_kernels.cpu import has_amx
+from molora_kernels.cpu import has_amx, has_bf16_pairs
 
 Backend = Literal["auto", "triton", "torch", "inductor", "reference"]
 Resolved = Literal["triton", "torch", "inductor", "reference"]
@@ -112,7 +112,7 @@ def decided_by(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found["capability"] = torch.cuda.get_device_capability(device)
     if device.type == "cpu":
-        found["AMX"] = has_amx()
+        found |= {"AMX": has_amx(), "AVX512-BF16": has_bf16_pairs()}
     return found | {"TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET")}
 
 

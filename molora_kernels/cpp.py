@@ -20,13 +20,13 @@ from molora_kernels import backend
 
 Functions = dict[str, Callable[..., Any]]
 
-_KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "b": ctypes.c_bool, "i": ctypes.c_int}
-"""Arguments: an address (:func:`address`), a number, a factor, a flag, threads."""
+_KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "b": ctypes.c_bool, "i": ctypes.c_int}
+"""Arguments: an address (:func:`address`), a number, a flag, threads."""
 
 
 def functions(source: Path, signatures: Iterable[tuple[str, str]]) -> Functions:
-    """Of a file, those functions that are named, each with the kinds of its arguments and, after ``>``, of what it
-    returns. What the file includes of ours is compiled as its own text, by which compiled files are known."""
+    """Of a file, those functions that are named, each with the kinds of its arguments; they return nothing. What the
+    file includes of ours is compiled as its own text, by which compiled files are known."""
     from torch._inductor.codecache import CppCodeCache  # takes a second, so not before it is needed
 
     text = re.sub(
@@ -36,8 +36,7 @@ def functions(source: Path, signatures: Iterable[tuple[str, str]]) -> Functions:
     found: Functions = {}
     for name, kinds in signatures:
         function = getattr(library, name)
-        arguments, _, result = kinds.partition(">")
-        function.argtypes, function.restype = [_KINDS[kind] for kind in arguments], _KINDS.get(result)
+        function.argtypes, function.restype = [_KINDS[kind] for kind in kinds], None
         found[name] = _seen_by_profilers(f"molora.{name}", function)
     return found
 

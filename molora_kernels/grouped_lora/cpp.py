@@ -3,7 +3,7 @@
 
 Rows stay where they are: a kernel reads and writes them through the number of their token. Frozen products are
 PyTorch's. The mathematics, the layout of what is saved and the shape letters are those of ``portable_grouped.py``, and
-of ``portable.py`` where there are no gates. Adapters are multiplied in fp32, whatever the dtype of x.
+of ``portable.py`` where there are no gates. Sums are fp32, whatever the dtype of x.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from molora_kernels.cpp import address
 from molora_kernels.cpu import has_amx
 from molora_kernels.dropout import Dropout, survivor_scale
 from molora_kernels.grouped_lora import portable
-from molora_kernels.grouped_lora.order import MOST_SETS, sorted_by_set
+from molora_kernels.grouped_lora.order import MOST_EXPERTS, MOST_SETS, sorted_by_set
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-MOST_EXPERTS = 64
-"""A set of them is the bits of one number."""
 
 
 def serves(x: Tensor, gates_THE: Tensor | None) -> bool:
@@ -34,7 +32,7 @@ def serves(x: Tensor, gates_THE: Tensor | None) -> bool:
     choice of backend."""
     if x.dtype not in DTYPES or not cpp.compiled(x.device, _functions):
         return False
-    if gates_THE is None:  # matrix units multiply faster, and 16-bit products do
+    if gates_THE is None:  # the library's products are as fast in 16 bits, and faster on matrix units
         return x.dtype == torch.float32 and not has_amx()
     return gates_THE.shape[2] <= MOST_EXPERTS
 
@@ -216,9 +214,11 @@ def orders_of(gates_THE: Tensor | None, projections: int, top_k: int) -> Orders:
     by_set = sorted_by_set(experts, top_k)
     visits, chosen, most = (tokens, top_k, MOST_SETS) if by_set else (tokens * top_k, 1, experts)
     table = gates_THE.new_empty(heads, 2 + most + most * chosen + visits, dtype=torch.int64)
+    gates = gates_THE.contiguous()
     _functions()["order"](
-        gates_THE.contiguous().data_ptr(), tokens, heads, experts, top_k, by_set, most, table.data_ptr()
-    )
+        gates.data_ptr(), tokens, heads, experts, top_k, by_set, most, table.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return Orders(table, experts, visits, chosen, most, by_set)
 
 
@@ -316,7 +316,7 @@ def _own_or_fp32(t: Tensor) -> Tensor:
 
 
 _SIGNATURES = (
-    ("order", "pnnnnbnp>b"),
+    ("order", "pnnnnbnpi"),
     *(
         (f"{name}_{dtype}", "p")
         for name in ("forward", "to_shrink", "to_input", "to_adapter")

@@ -106,7 +106,7 @@ def choose_form(
     CPU, measured (docs/adr/0004-dense-experts.md): the same balance, with rows moved once where tokens are
     sorted by set and k times where by expert; short groups and narrow rows count as if there were more to move. In
     fp32 and bf16, ``compiled`` to C++ and without matrix units, no row moves: in fp32 grouped takes 0.4 to 1.0 of dense
-    (1.08 at worst, of 16 tokens), in bf16 0.45 to 1.03, and more only of few tokens.
+    (1.08 at worst, of 16 tokens), in bf16 0.45 to 1.03, and more only of few tokens; measured with AVX512-BF16 alone.
     """
     if top_k >= experts:
         return "dense"
@@ -114,7 +114,8 @@ def choose_form(
         major, minor = capability or (0, 0)
         ridge = RIDGE.get(10 * major + minor, RIDGE[90])  # unknown GPUs: the largest, so dense, which moves no tokens
         return "grouped" if (experts - top_k) * rank > top_k * ridge else "dense"
-    if device_type == "cpu" and compiled and not amx and dtype in (torch.float32, torch.bfloat16):
+    in_cpp = compiled and experts <= order.MOST_EXPERTS and dtype in (torch.float32, torch.bfloat16)
+    if device_type == "cpu" and in_cpp and not amx:
         least = 1 if dtype == torch.float32 else COMPILED_TOKENS
         return "grouped" if tokens >= least else "dense"
     if device_type == "cpu":

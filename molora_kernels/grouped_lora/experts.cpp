@@ -23,6 +23,7 @@ namespace {
 constexpr int64_t TILE_ROWS = 6, TILE_VECTORS = 4, TILE_COLUMNS = TILE_VECTORS * LANES;  // 24 of 32 registers hold sums
 constexpr int64_t BLOCK_ROWS = 96;      // of a task, which share a panel of weights
 constexpr int64_t PANEL = 384 * 64;     // numbers of a panel of weights: an eighth of 1 MiB of L2
+constexpr int64_t MOST_FEATURES = 384;  // whose products are added up at a time
 constexpr int64_t BLOCK_FEATURES = 64;  // of a task of gradients
 constexpr int64_t GRAD_COLUMNS = 8, GRAD_FEATURES = 2 * LANES, GRAD_ROWS = 352;
 
@@ -211,6 +212,12 @@ struct Job {
   int64_t ldg;
 };
 
+// Null stays null.
+template <typename T>
+T* beyond(T* p, int64_t n) {
+  return p ? p + n : nullptr;
+}
+
 class Jobs {
  public:
   // Of the call's dtype; gated, as large as s, or null.
@@ -227,12 +234,9 @@ class Jobs {
       job.C = routed ? call.M * call.r : call.r;
       job.ldc = routed ? job.C : call.G * call.r;
       const int64_t at = routed ? g * call.V * job.C : g * call.r;
-      job.s = static_cast<T*>(call.s) + at;
-      job.ds = call.ds ? call.ds + at : nullptr;
-      job.gated = gated ? gated + at : nullptr;
+      job.s = beyond(static_cast<T*>(call.s), at), job.ds = beyond(call.ds, at), job.gated = beyond(gated, at);
       const int64_t head = std::min(g, call.H - 1);
-      job.gates = call.gates ? call.gates + head * call.E : nullptr;
-      job.dgates = call.dgates ? call.dgates + head * call.E : nullptr;
+      job.gates = beyond(call.gates, head * call.E), job.dgates = beyond(call.dgates, head * call.E);
       job.ldg = call.H * call.E;
       job.groups =
           routed ? of_order(call.order + head * call.order_size) : Groups{everyone.data(), ends, all.data(), 1, 1};
@@ -240,8 +244,8 @@ class Jobs {
       Job out = job;
       out.rows = p.y, out.ld = p.ldy, out.F = p.N, out.feature = R, out.column = 1, out.factor = 1.0f;
       for (int64_t e = 0; e < experts; e++) {
-        out.weights.push_back(p.b + e * call.r);
-        out.grads.push_back(p.db ? p.db + e * call.r : nullptr);
+        out.weights.push_back(beyond(p.b, e * call.r));
+        out.grads.push_back(beyond(p.db, e * call.r));
       }
       outputs.push_back(out);
 
@@ -252,8 +256,8 @@ class Jobs {
         inputs.push_back(job);
       }
       for (int64_t e = 0; e < experts; e++) {
-        inputs.back().weights.push_back(p.a + e * call.r * call.K);
-        inputs.back().grads.push_back(p.da ? p.da + e * call.r * call.K : nullptr);
+        inputs.back().weights.push_back(beyond(p.a, e * call.r * call.K));
+        inputs.back().grads.push_back(beyond(p.da, e * call.r * call.K));
       }
     }
   }
@@ -315,8 +319,8 @@ struct Task {
   int64_t job, group, first, last, wave;
 };
 
-// Blocks of rows. What two tasks of one wave may not write: a row that a later group of the same job has too, or a
-// later job.
+// Blocks of rows. In one wave no row is written twice: unless tokens are visited once, each group of a job has a wave
+// of its own; and where jobs are to be kept apart, each job.
 std::vector<Task> blocks_of(const std::vector<Job>& jobs, bool once, bool apart) {
   std::vector<Task> tasks;
   int64_t waves = 0, wave = 0;
@@ -360,7 +364,8 @@ template <typename T>
 void shrink(const Job& job, const Task& task, float scaling, bool backward) {
   constexpr int64_t PER = PER_TERM<T>;
   const int64_t r = job.r, M = job.groups.M, C = job.C, columns = padded(C, LANES), ldc = job.ldc;
-  const int64_t K = std::max<int64_t>(64, PANEL / columns / 64 * 64), *own = job.groups.experts + task.group * M;
+  const int64_t K = std::clamp<int64_t>(PANEL / columns / 64 * 64, 64, MOST_FEATURES),
+                *own = job.groups.experts + task.group * M;
   const int64_t* tokens = job.groups.tokens;
   Term<T>*panel = kept<0, Term<T>>(K * columns), *staged = kept<1, Term<T>>(TILE_ROWS * K);
   float *sums = kept<2>((BLOCK_ROWS + TILE_ROWS) * columns), *two = kept<3>(3 * columns), *zeros = two + 2 * columns;
@@ -520,10 +525,11 @@ void grad(const Job& job, const Task& task, const float* columns, const float* o
   const int64_t r = job.r, M = groups.M, R = int64_t(job.grads.size()) * r, n = task.last - task.first;
   const int64_t C = PER == 1 ? 0 : padded(job.C, LANES), all = C + padded(Q, LANES), *tokens = groups.tokens;
   Term<T>*rows = kept<0, Term<T>>(GRAD_ROWS * BLOCK_FEATURES), *staged = kept<1, Term<T>>(GRAD_ROWS * all);
-  float *sums = kept<2>((R + Q) * BLOCK_FEATURES), *zeros = kept<3>(std::max({job.C, Q, BLOCK_FEATURES}));
+  float *sums = kept<2>((R + Q) * BLOCK_FEATURES), *zeros = kept<3>(std::max(job.C, Q));
+  static const T none[BLOCK_FEATURES] = {};
   const T* from = static_cast<const T*>(job.rows) + task.first;
   std::fill_n(sums, (R + Q) * BLOCK_FEATURES, 0.0f);
-  std::fill_n(zeros, std::max({job.C, Q, BLOCK_FEATURES}), 0.0f);
+  std::fill_n(zeros, std::max(job.C, Q), 0.0f);
   for (int64_t g = 0; g < groups.count; g++) {
     const int64_t last = groups.starts[g + 1];
     for (int64_t v = groups.starts[g]; v < last; v += GRAD_ROWS) {
@@ -541,7 +547,7 @@ void grad(const Job& job, const Task& task, const float* columns, const float* o
         } else {
           const bool two = u + 1 < last && i * PER + 1 < V;
           std::fill(own + n, own + BLOCK_FEATURES, Term<T>{});
-          pair_up(row, two ? from + tokens[u + 1] * job.ld : reinterpret_cast<const T*>(zeros), own, n);
+          pair_up(row, two ? from + tokens[u + 1] * job.ld : none, own, n);
           pair_up(columns + u * job.ldc, two ? columns + (u + 1) * job.ldc : zeros, beside, job.C);
           pair_up(others + tokens[u] * Q, two ? others + tokens[u + 1] * Q : zeros, beside + C, Q);
         }
@@ -631,16 +637,17 @@ extern "C" {
 
 // Tokens grouped by what they chose, of each head of gates (T, H, E): the k of largest magnitude, ties to the lower
 // expert (a chosen gate may have underflowed to zero, and then another zero may take its place). By set, each token is
-// visited once, with M = k experts, and there are as many groups as sets that occur, at most ``most``; else once with
-// each of its experts, M = 1, and there are at most ``most`` = E groups. Tokens and experts of a group ascend. To out,
-// for each head: the number of groups; where each begins (most + 1,); the experts of each (most, M); the token of each
-// visit (V,). False if there were more sets.
-bool order(const float* gates, int64_t T, int64_t H, int64_t E, int64_t k, bool by_set, int64_t most, int64_t* out) {
+// visited once, with M = k experts, and there are as many groups as sets that occur; else once with each of its
+// experts, M = 1. There are at most ``most`` groups. Tokens and experts of a group ascend. To out, for each head: the
+// number of groups; where each begins (most + 1,); the experts of each (most, M); the token of each visit (V,).
+void order(const float* gates, int64_t T, int64_t H, int64_t E, int64_t k, bool by_set, int64_t most, int64_t* out,
+           int threads) {
   const int64_t M = by_set ? k : 1, V = by_set ? T : T * k, size = 1 + most + 1 + most * M + V;
-  std::vector<uint64_t> chosen(T), sets;
-  for (int64_t h = 0; h < H; h++, out += size) {
-    int64_t *starts = out + 1, *experts = starts + most + 1, *tokens = experts + most * M, groups = 0, visits = 0;
-    sets.clear();
+#pragma omp parallel for num_threads(threads)
+  for (int64_t h = 0; h < H; h++) {
+    std::vector<uint64_t> chosen(T), sets;
+    int64_t *starts = out + h * size + 1, *experts = starts + most + 1, *tokens = experts + most * M;
+    int64_t groups = 0, visits = 0;
     for (int64_t t = 0; t < T; t++) {
       const float* own = gates + (t * H + h) * E;
       uint64_t found = 0;
@@ -655,7 +662,6 @@ bool order(const float* gates, int64_t T, int64_t H, int64_t E, int64_t k, bool 
       }
       chosen[t] = found;
       if (by_set && std::find(sets.begin(), sets.end(), found) == sets.end()) sets.push_back(found);
-      if (int64_t(sets.size()) > most) return false;
     }
     if (!by_set)
       for (int64_t e = 0; e < E; e++) sets.push_back(uint64_t(1) << e);
@@ -670,9 +676,8 @@ bool order(const float* gates, int64_t T, int64_t H, int64_t E, int64_t k, bool 
       groups++;
     }
     starts[groups] = visits;
-    out[0] = groups;
+    out[h * size] = groups;
   }
-  return true;
 }
 
 #define OF_DTYPE(T, name)                                          \

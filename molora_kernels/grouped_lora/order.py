@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MOST_EXPERTS = 64
+"""That the C++ kernels group tokens by: a set of them is the bits of one number."""
 MOST_SETS = 16
 """Up to so many sets of experts, tokens are sorted by set and each is visited once; beyond, groups would be small."""
 

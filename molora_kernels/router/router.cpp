@@ -16,6 +16,15 @@ constexpr int64_t BLOCK = 128;           // tokens whose sums are added up by on
 constexpr int64_t ROWS = 4, LOGITS = 4;  // of a tile, whose sums stay in vector registers
 constexpr int64_t PART = 512;            // features whose products are added up at a time: sums of sums err less
 
+// The sum of its numbers, by halves: one after another, each would wait for the one before.
+inline float total(vec x) {
+  float sums[LANES];
+  store(sums, x);
+  for (int64_t half = LANES / 2; half; half /= 2)
+    for (int64_t l = 0; l < half; l++) sums[l] += sums[l + half];
+  return sums[0];
+}
+
 // logits (rows, count) of x: its products with as many weights of K features.
 template <typename Number>
 void multiply(const Number* x, int64_t ldx, int64_t rows, int64_t K, const std::vector<const float*>& weights,
@@ -45,8 +54,7 @@ void multiply(const Number* x, int64_t ldx, int64_t rows, int64_t K, const std::
             for (int64_t j = 0; j < LOGITS; j++) s[i][j] += load(from[i] + k) * load(w[j] + k);
         for (int64_t i = 0; i < std::min(ROWS, rows - t); i++) {
           for (int64_t j = 0; j < std::min(LOGITS, count - c); j++) {
-            float sum = 0.0f;
-            for (int64_t l = 0; l < LANES; l++) sum += s[i][j][l];
+            float sum = total(s[i][j]);
             for (int64_t k = whole; k < n; k++) sum += from[i][k] * w[j][k];
             logits[(t + i) * count + c + j] += sum;
           }

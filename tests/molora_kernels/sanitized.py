@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -16,7 +18,10 @@ FLAGS = ["-O1", "-g", "-march=native", "-fopenmp", "-std=c++20", "-shared", "-fP
 def load(source: str, extra_flags: Sequence[str]) -> ctypes.CDLL:
     folder = Path(tempfile.mkdtemp())
     (folder / "kernels.cpp").write_text(source, encoding="utf-8")
-    subprocess.check_call(["g++", *FLAGS, *extra_flags, str(folder / "kernels.cpp"), "-o", str(folder / "kernels.so")])
+    more = shlex.split(os.environ.get("MORE_FLAGS", ""))
+    subprocess.check_call(
+        ["g++", *FLAGS, *more, *extra_flags, str(folder / "kernels.cpp"), "-o", str(folder / "kernels.so")]
+    )
     return ctypes.CDLL(str(folder / "kernels.so"))
 
 

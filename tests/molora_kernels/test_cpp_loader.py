@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,8 @@ def test_where_compiling_fails_auto_is_torch_from_then_on(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="sanitizers are looked for where g++ has them")
-def test_kernels_stay_within_what_they_are_given() -> None:
+@pytest.mark.parametrize("more", ["", "-mno-avx512bf16"])  # where bf16 is multiplied in pairs, and where in fp32
+def test_kernels_stay_within_what_they_are_given(more: str) -> None:
     libraries = [
         subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libubsan.so")
@@ -47,6 +49,9 @@ def test_kernels_stay_within_what_they_are_given() -> None:
         pytest.skip("g++ has no sanitizers here")
     environment = os.environ | {"LD_PRELOAD": " ".join(libraries), "PYTHONMALLOC": "malloc"}
     environment |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1", "PYTHONPATH": str(HERE)}
+    if more and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("no such flag on this processor")
+    environment["MORE_FLAGS"] = more
     files = "grouped_lora/test_cpp.py", "mlp_block/test_swiglu.py", "router/test_router.py"
     tests = [HERE / file for file in files]
     command = [sys.executable, "-m", "pytest", "-p", "sanitized", "-k", "not torch.compile", *map(str, tests)]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from molora_kernels import backend, use_backend
-from molora_kernels.cpu import has_amx
+from molora_kernels.cpu import has_amx, has_bf16_pairs
 from molora_kernels.one_pass import LEAST_ELEMENTS, compiled, one_pass
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +107,8 @@ def test_what_decides_kernels_and_tiles_has_names(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with use_backend("torch"):
         found = backend.decided_by(torch.device("cpu"))
-    assert found == {"device": "cpu", "backend": "torch", "AMX": has_amx(), "TRITON_INTERPRET": "1"}
+    of_cpu = {"AMX": has_amx(), "AVX512-BF16": has_bf16_pairs()}
+    assert found == {"device": "cpu", "backend": "torch", **of_cpu, "TRITON_INTERPRET": "1"}
 
 
 def test_no_compiler_is_said_when_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

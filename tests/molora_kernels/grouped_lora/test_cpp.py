@@ -143,21 +143,32 @@ def test_each_product_is_its_definition_and_nothing_else_is_written(
             near(own, lambda f: f(own_ds[g]).T @ f(x))  # noqa: B023
 
 
-def test_no_number_of_threads_changes_a_bit() -> None:
+@pytest.mark.parametrize("dtype", cpp.DTYPES, ids=str)
+@pytest.mark.parametrize(("experts", "heads"), [(4, 1), (4, 2), (9, 1)])  # by set; the last by expert
+def test_no_number_of_threads_changes_a_bit(experts: int, heads: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    gates, x, dy = gates_of(900, 4, 2)[:, None], torch.randn(900, 300), torch.randn(900, 200)
-    a, b, found, before = torch.randn(128, 300), torch.randn(200, 128), [], torch.get_num_threads()
+    gates = torch.stack([gates_of(900, experts, 2) for _ in range(heads)], dim=1)
+    x, *dys = (torch.randn(900, F).to(dtype) for F in (300, 200, 200))
+    R, before, found = 32 * experts, torch.get_num_threads(), []
+    a, b = [torch.randn(R, 300) for _ in dys], [torch.randn(200, R) for _ in dys]
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            (y,), s = cpp.forward(x, [], [], [a], [b], gates, None, 2.0, 0.0, 0, 2)
-            dx, da, (db,), dgates = cpp.backward(
-                [dy], x, [], [a], [b], gates, s, None, 2.0, 0.0, 0, True, True, True, 2
-            )
-            found.append((y, s, dx, da, db, dgates))
+            ys, s = cpp.forward(x, [], [], a, b, gates, None, 2.0, 0.0, 0, 2)
+            dx, da, db, dgates = cpp.backward(dys, x, [], a, b, gates, s, None, 2.0, 0.0, 0, True, True, True, 2)
+            found.append((*ys, s, dx, da, *db, dgates))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, *more in zip(*found, strict=True) for other in more)
+
+
+def test_gates_may_be_a_view_of_others() -> None:
+    torch.manual_seed(0)
+    of_many = torch.stack([gates_of(500, 4, 2) for _ in range(3)], dim=1)
+    x, a, b = torch.randn(500, 48), torch.randn(32, 48), torch.randn(40, 32)
+    for gates in (of_many[:, 1:2], of_many.transpose(0, 1).contiguous().transpose(0, 1)[:, 1:2]):
+        found = [cpp.forward(x, [], [], [a], [b], g, None, 2.0, 0.0, 0, 2) for g in (gates, gates.contiguous())]
+        assert torch.equal(found[0][0][0], found[1][0][0]) and torch.equal(found[0][1], found[1][1])
 
 
 def test_what_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
