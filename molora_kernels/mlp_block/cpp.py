@@ -10,15 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from molora_kernels import cpp
+from molora_kernels import cpp, one_pass
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether this module computes with these tensors, of one dtype, under the present choice of backend."""
+    """Whether this module computes with these tensors, of one dtype, under the present choice of backend. Of a few
+    numbers, as with compiled passes, PyTorch does: its last bits are those of the frozen block."""
     like = tensors[0]
-    return like.dtype in DTYPES and all(t.is_contiguous() for t in tensors) and cpp.compiled(like.device, _functions)
+    if like.dtype not in DTYPES or like.numel() < one_pass.LEAST_ELEMENTS:
+        return False
+    return all(t.is_contiguous() for t in tensors) and cpp.compiled(like.device, _functions)
 
 
 def swiglu(h_gate: Tensor, h_up: Tensor, out: Tensor) -> None:
