@@ -20,6 +20,9 @@ from molora_kernels import backend
 
 Functions = dict[str, Callable[..., Any]]
 
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""Of rows, and what the names of functions for them end with."""
+
 _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "b": ctypes.c_bool, "i": ctypes.c_int}
 """Arguments: an address (:func:`address`), a number, a flag, threads."""
 

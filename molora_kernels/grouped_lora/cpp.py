@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 
 from molora_kernels import cpp, workspace
-from molora_kernels.cpp import address
+from molora_kernels.cpp import DTYPES, address
 from molora_kernels.cpu import has_amx
 from molora_kernels.dropout import Dropout, survivor_scale
 from molora_kernels.grouped_lora import portable
 from molora_kernels.grouped_lora.order import MOST_EXPERTS, MOST_SETS, sorted_by_set
-
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def serves(x: Tensor, gates_THE: Tensor | None) -> bool:

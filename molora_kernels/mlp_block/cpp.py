@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from molora_kernels import cpp, one_pass
-
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+from molora_kernels.cpp import DTYPES
 
 
 def serves(*tensors: Tensor) -> bool:

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from molora_kernels import cpp
-from molora_kernels.cpp import address, addresses
-
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+from molora_kernels.cpp import DTYPES, address, addresses
 
 
 def serves(x: Tensor) -> bool:

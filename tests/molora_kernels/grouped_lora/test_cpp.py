@@ -106,16 +106,16 @@ def test_each_product_is_its_definition_and_nothing_else_is_written(
     ys, s = cpp.forward(x, [], [], a, b, gates, None, 2.0, 0.0, 0, top_k)
     chosen = [(own != 0).double() for own in c]
     for g, (y, own_s) in enumerate(zip(ys, spread(s), strict=True)):
-        near(own_s.to(dtype), lambda f: f(x) @ f(a[g]).T * chosen[g])  # noqa: B023 # called at once, as are all
-        near(y, lambda f: f(x) @ f(a[g]).T * f(c[g]) @ f(b[g]).T, orders.once)  # noqa: B023
+        near(own_s.to(dtype), lambda f: f(x) @ f(a[g]).T * chosen[g])  # noqa: B023 # called at once
+        near(y, lambda f: f(x) @ f(a[g]).T * f(c[g]) @ f(b[g]).T, orders.once)  # noqa: B023 # called at once
 
     s = torch.randn(s.shape).to(dtype)
     saved = spread(s)
     with workspace.scope():
         ds, db, dgates = cpp.to_shrink(dys, b, gates, s, 2.0, True, True, orders=orders)
         for g, own_ds in enumerate(spread(ds)):
-            near(own_ds.float(), lambda f: f(dys[g]) @ f(b[g]) * f(c[g]))  # noqa: B023
-            near(db[g], lambda f: f(dys[g]).T @ (f(c[g]) * f(saved[g])))  # noqa: B023
+            near(own_ds.float(), lambda f: f(dys[g]) @ f(b[g]) * f(c[g]))  # noqa: B023 # called at once
+            near(db[g], lambda f: f(dys[g]).T @ (f(c[g]) * f(saved[g])))  # noqa: B023 # called at once
 
         for head in range(heads):
             own = range(2) if heads == 1 else [head]
@@ -140,7 +140,7 @@ def test_each_product_is_its_definition_and_nothing_else_is_written(
         of_others = cpp.to_adapter(x, ds, dropout, da, others.to(dtype), orders=orders)
         near(of_others, lambda f: f(others.to(dtype)).T @ f(x))
         for g, own in enumerate(da):
-            near(own, lambda f: f(own_ds[g]).T @ f(x))  # noqa: B023
+            near(own, lambda f: f(own_ds[g]).T @ f(x))  # noqa: B023 # called at once
 
 
 @pytest.mark.parametrize("dtype", cpp.DTYPES, ids=str)

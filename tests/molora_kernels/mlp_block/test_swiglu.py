@@ -15,7 +15,7 @@ from molora_kernels.mlp_block import cpp
 pytestmark = pytest.mark.skipif(not backend.compiler_installed(), reason="there is no C++ compiler here")
 
 ROUNDINGS = {torch.float32: 6, torch.bfloat16: 0.51}
-"""Of a result; in bf16 all but the last are fp32's."""
+"""Of a result: two of e^x, and one of a sum, a quotient and two products; in bf16 all but the last are fp32's."""
 
 
 @pytest.fixture(autouse=True)
