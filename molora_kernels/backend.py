@@ -112,7 +112,8 @@ def decided_by(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found["capability"] = torch.cuda.get_device_capability(device)
     if device.type == "cpu":
-        found |= {"AMX": has_amx(), "AVX512-BF16": has_bf16_pairs()}
+        vectors = torch.backends.cpu.get_cpu_capability()
+        found |= {"vectors": vectors, "AMX": has_amx(), "AVX512-BF16": has_bf16_pairs()}
     return found | {"TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET")}
 
 

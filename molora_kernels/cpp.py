@@ -31,11 +31,13 @@ def functions(source: Path, signatures: Iterable[tuple[str, str]]) -> Functions:
     """Of a file, those functions that are named, each with the kinds of its arguments; they return nothing. What the
     file includes of ours is compiled as its own text, by which compiled files are known."""
     from torch._inductor.codecache import CppCodeCache  # takes a second, so not before it is needed
+    from torch._inductor.cpp_builder import is_gcc
 
     text = re.sub(
         r'#include "(.*)"', lambda name: (source.parent / name[1]).read_text("utf-8"), source.read_text("utf-8")
     )
-    library = CppCodeCache.load(text, extra_flags=("-ffp-contract=fast", "-ftree-loop-vectorize"))
+    flags = ("-ffp-contract=fast", *(["-ftree-loop-vectorize"] if is_gcc() else []))  # which GCC alone is told not to
+    library = CppCodeCache.load(text, extra_flags=flags)
     found: Functions = {}
     for name, kinds in signatures:
         function = getattr(library, name)

@@ -9,7 +9,16 @@
 
 namespace {
 
-constexpr int64_t LANES = 16;  // of a vector; where registers are narrower the compiler makes several of one
+// Numbers of a vector register, and how many of them the processor has.
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int64_t LANES = 4, REGISTERS = 32;
+#else
+constexpr int64_t LANES = 4, REGISTERS = 16;
+#endif
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 

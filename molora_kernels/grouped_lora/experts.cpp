@@ -20,12 +20,13 @@
 
 namespace {
 
-constexpr int64_t TILE_ROWS = 6, TILE_VECTORS = 4, TILE_COLUMNS = TILE_VECTORS * LANES;  // 24 of 32 registers hold sums
+constexpr bool MANY = REGISTERS > 16;
+constexpr int64_t TILE_ROWS = 6, TILE_VECTORS = MANY ? 4 : 2, TILE_COLUMNS = TILE_VECTORS * LANES;
 constexpr int64_t BLOCK_ROWS = 96;      // of a task, which share a panel of weights
 constexpr int64_t PANEL = 384 * 64;     // numbers of a panel of weights: an eighth of 1 MiB of L2
 constexpr int64_t MOST_FEATURES = 384;  // whose products are added up at a time
 constexpr int64_t BLOCK_FEATURES = 64;  // of a task of gradients
-constexpr int64_t GRAD_COLUMNS = 8, GRAD_FEATURES = 2 * LANES, GRAD_ROWS = 352;
+constexpr int64_t GRAD_COLUMNS = MANY ? 8 : 4, GRAD_FEATURES = 2 * LANES, GRAD_ROWS = 352;
 
 // --- what Python gives: cpp.py has both with the same fields ------------------------------------------------------
 
@@ -109,6 +110,9 @@ inline void pair_up(const T* first, const T* second, pair* to, int64_t n) {
 #else
 template <typename T>
 using Term = float;
+
+template <typename T>
+void pair_up(const T* first, const T* second, float* to, int64_t n);  // named below, and never called
 #endif
 
 template <typename T>
@@ -152,7 +156,7 @@ void tiles(const Term* const* x, const std::vector<const Term*>& w, int64_t ldw,
         tile<3>(x, &w[j], ldw, K, rows);
         break;
       default:
-        tile<4>(x, &w[j], ldw, K, rows);
+        tile<TILE_VECTORS>(x, &w[j], ldw, K, rows);
     }
   }
 }

@@ -12,9 +12,9 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 128;           // tokens whose sums are added up by one thread, and then block by block
-constexpr int64_t ROWS = 4, LOGITS = 4;  // of a tile, whose sums stay in vector registers
-constexpr int64_t PART = 512;            // features whose products are added up at a time: sums of sums err less
+constexpr int64_t BLOCK = 128;  // tokens whose sums are added up by one thread, and then block by block
+constexpr int64_t ROWS = 4, LOGITS = REGISTERS > 16 ? 4 : 2;  // of a tile, whose sums stay in vector registers
+constexpr int64_t PART = 512;  // features whose products are added up at a time: sums of sums err less
 
 // The sum of its numbers, by halves: one after another, each would wait for the one before.
 inline float total(vec x) {

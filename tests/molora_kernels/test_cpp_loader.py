@@ -16,6 +16,7 @@ from molora_kernels import backend, cpp, use_backend
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
+TESTS = [str(HERE / file) for file in ("grouped_lora/test_cpp.py", "mlp_block/test_swiglu.py", "router/test_router.py")]
 
 
 def fails() -> cpp.Functions:
@@ -37,6 +38,42 @@ def test_where_compiling_fails_auto_is_torch_from_then_on(
     assert caplog.text.count("compiling failed, so from here on it is 'torch' on cpu: cannot compile this") == 1
 
 
+COMPILERS = {
+    "g++ -march=x86-64": {"x86_64", "AMD64"},
+    "g++ -march=x86-64-v3": {"x86_64", "AMD64"},
+    "g++ -march=x86-64-v4 -mavx512bf16": {"x86_64", "AMD64"},
+    "clang++ -march=x86-64": {"x86_64", "AMD64"},
+    "clang++ -march=x86-64-v3": {"x86_64", "AMD64"},
+    "clang++ -march=x86-64-v4 -mavx512bf16": {"x86_64", "AMD64"},
+    "clang++": {"aarch64", "arm64"},
+    "g++": {"aarch64", "arm64"},
+    "aarch64-linux-gnu-g++": {"x86_64", "AMD64"},
+}
+"""And the machines that they are to be found on."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMPILERS)
+def test_kernels_compile_for_every_processor(command: str) -> None:
+    compiler, *flags = command.split()
+    if platform.machine() not in COMPILERS[command] or not shutil.which(compiler):
+        pytest.skip(f"no {compiler} for this here")
+    flags += ["-std=c++20", "-fopenmp", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-psabi", "-Werror"]
+    for source in (ROOT / "molora_kernels").glob("*/*.cpp"):
+        ran = subprocess.run([compiler, *flags, str(source)], capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("clang++"), reason="no clang++ here")
+def test_kernels_are_right_under_clang(tmp_path: Path) -> None:
+    """Where there is no g++, as on macOS, it is what compiles them."""
+    environment = os.environ | {"CXX": "clang++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-m", "pytest", *TESTS], cwd=ROOT, env=environment, capture_output=True,
+                         text=True, check=False)  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="sanitizers are looked for where g++ has them")
 @pytest.mark.parametrize("more", ["", "-mno-avx512bf16"])  # where bf16 is multiplied in pairs, and where in fp32
@@ -52,8 +89,6 @@ def test_kernels_stay_within_what_they_are_given(more: str) -> None:
     if more and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("no such flag on this processor")
     environment["MORE_FLAGS"] = more
-    files = "grouped_lora/test_cpp.py", "mlp_block/test_swiglu.py", "router/test_router.py"
-    tests = [HERE / file for file in files]
-    command = [sys.executable, "-m", "pytest", "-p", "sanitized", "-k", "not torch.compile", *map(str, tests)]
+    command = [sys.executable, "-m", "pytest", "-p", "sanitized", "-k", "not torch.compile", *TESTS]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]

@@ -107,7 +107,7 @@ def test_what_decides_kernels_and_tiles_has_names(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with use_backend("torch"):
         found = backend.decided_by(torch.device("cpu"))
-    of_cpu = {"AMX": has_amx(), "AVX512-BF16": has_bf16_pairs()}
+    of_cpu = {"vectors": torch.backends.cpu.get_cpu_capability(), "AMX": has_amx(), "AVX512-BF16": has_bf16_pairs()}
     assert found == {"device": "cpu", "backend": "torch", **of_cpu, "TRITON_INTERPRET": "1"}
 
 
