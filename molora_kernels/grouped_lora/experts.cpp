@@ -14,6 +14,7 @@
 #include <cstring>
 #include <numeric>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../numbers.h"
@@ -26,7 +27,7 @@ constexpr int64_t BLOCK_ROWS = 96;      // of a task, which share a panel of wei
 constexpr int64_t PANEL = 384 * 64;     // numbers of a panel of weights: an eighth of 1 MiB of L2
 constexpr int64_t MOST_FEATURES = 384;  // whose products are added up at a time
 constexpr int64_t BLOCK_FEATURES = 64;  // of a task of gradients
-constexpr int64_t GRAD_COLUMNS = MANY ? 8 : 4, GRAD_FEATURES = 2 * LANES, GRAD_ROWS = 352;
+constexpr int64_t GRAD_COLUMNS = MANY ? 8 : 6, GRAD_FEATURES = 2 * LANES, GRAD_ROWS = 352;
 
 // --- what Python gives: cpp.py has both with the same fields ------------------------------------------------------
 
@@ -129,14 +130,13 @@ void tile(const Term* const* x, const Term* const* w, int64_t ldw, int64_t K, fl
   vec s[TILE_ROWS][N] = {};
   for (int64_t k = 0; k < K; k++) {
     decltype(load(w[0])) b[N];
-    for (int j = 0; j < N; j++) b[j] = load(w[j] + k * ldw);
-    for (int i = 0; i < TILE_ROWS; i++) {
+    UNROLLED for (int j = 0; j < N; j++) b[j] = load(w[j] + k * ldw);
+    UNROLLED for (int i = 0; i < TILE_ROWS; i++) {
       const Term a = x[i][k];
-      for (int j = 0; j < N; j++) s[i][j] = add_product(s[i][j], a, b[j]);
+      UNROLLED for (int j = 0; j < N; j++) s[i][j] = add_product(s[i][j], a, b[j]);
     }
   }
-  for (int i = 0; i < TILE_ROWS; i++)
-    for (int j = 0; j < N; j++) add(to[i] + j * LANES, s[i][j]);
+  UNROLLED for (int i = 0; i < TILE_ROWS; i++) UNROLLED for (int j = 0; j < N; j++) add(to[i] + j * LANES, s[i][j]);
 }
 
 // Of any number of vectors of columns.
@@ -167,27 +167,31 @@ void grad_tile(const Term* columns, int64_t ldc, const Term* rows, int64_t V, fl
   vec s[M][2] = {};
   for (int64_t v = 0; v < V; v++, columns += ldc, rows += BLOCK_FEATURES) {
     const auto b0 = load(rows), b1 = load(rows + LANES);
-    for (int i = 0; i < M; i++) {
+    UNROLLED for (int i = 0; i < M; i++) {
       s[i][0] = add_product(s[i][0], columns[i], b0);
       s[i][1] = add_product(s[i][1], columns[i], b1);
     }
   }
-  for (int i = 0; i < M; i++)
-    for (int j = 0; j < 2; j++) add(d + i * BLOCK_FEATURES + j * LANES, s[i][j]);
+  UNROLLED for (int i = 0; i < M; i++) UNROLLED for (int j = 0; j < 2; j++)
+      add(d + i * BLOCK_FEATURES + j * LANES, s[i][j]);
 }
 
 // To ``many`` rows of d that follow one another, of as many columns, all features of a block.
+template <typename Term, int... M>
+void grad_tiles(const Term* columns, int64_t ldc, int64_t many, const Term* rows, int64_t V, float* d,
+                std::integer_sequence<int, M...>) {
+  static constexpr decltype(&grad_tile<1, Term>) of_columns[] = {grad_tile<M + 1, Term>...};
+  int64_t parts = (many + GRAD_COLUMNS - 1) / GRAD_COLUMNS;
+  for (int64_t i = 0, step; i < many; i += step, parts--) {
+    step = (many - i + parts - 1) / parts;
+    for (int64_t j = 0; j < BLOCK_FEATURES; j += GRAD_FEATURES)
+      of_columns[step - 1](columns + i, ldc, rows + j, V, d + i * BLOCK_FEATURES + j);
+  }
+}
+
 template <typename Term>
 void grad_tiles(const Term* columns, int64_t ldc, int64_t many, const Term* rows, int64_t V, float* d) {
-  for (int64_t i = 0; i < many;) {
-    const int64_t step = many - i >= GRAD_COLUMNS ? GRAD_COLUMNS : many - i >= 4 ? 4 : 1;
-    const auto own = step == GRAD_COLUMNS ? grad_tile<GRAD_COLUMNS, Term>
-                     : step == 4          ? grad_tile<4, Term>
-                                          : grad_tile<1, Term>;
-    for (int64_t j = 0; j < BLOCK_FEATURES; j += GRAD_FEATURES)
-      own(columns + i, ldc, rows + j, V, d + i * BLOCK_FEATURES + j);
-    i += step;
-  }
+  grad_tiles(columns, ldc, many, rows, V, d, std::make_integer_sequence<int, GRAD_COLUMNS>{});
 }
 
 // --- jobs ---------------------------------------------------------------------------------------------------------

@@ -50,8 +50,8 @@ void multiply(const Number* x, int64_t ldx, int64_t rows, int64_t K, const std::
         for (int64_t j = 0; j < LOGITS; j++) w[j] = weights[std::min(c + j, count - 1)] + k0;
         vec s[ROWS][LOGITS] = {};
         for (int64_t k = 0; k < whole; k += LANES)
-          for (int64_t i = 0; i < ROWS; i++)
-            for (int64_t j = 0; j < LOGITS; j++) s[i][j] += load(from[i] + k) * load(w[j] + k);
+          UNROLLED for (int64_t i = 0; i < ROWS; i++) UNROLLED for (int64_t j = 0; j < LOGITS; j++) s[i][j] +=
+              load(from[i] + k) * load(w[j] + k);
         for (int64_t i = 0; i < std::min(ROWS, rows - t); i++) {
           for (int64_t j = 0; j < std::min(LOGITS, count - c); j++) {
             float sum = total(s[i][j]);
