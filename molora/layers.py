@@ -171,7 +171,7 @@ class SharedInput:
         first = self.members[0]
         routers = [m.router for m in self.members if m.router is not None]
         if decode.serves(x, first, self.ledger):
-            outputs, gates = decode.few_tokens(x, self.members, routers, self.ledger.top_k if self.ledger else 1)
+            outputs, gates = _few_tokens(x, self.members, routers, self.ledger.top_k if self.ledger else 1)
             routing.write_gates(self.ledger, self.rows, gates)
             return outputs
         gates = routed = None
@@ -275,9 +275,9 @@ class LoraMLP(nn.Module):
 
     def _few_tokens(self, x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear) -> Tensor:
         routers, top_k = self.routers(), self.ledger.top_k if self.ledger else 1
-        (h_gate, h_up), gates = decode.few_tokens(x, [gate, up], routers[:2], top_k)
+        (h_gate, h_up), gates = _few_tokens(x, [gate, up], routers[:2], top_k)
         h = functional.silu(h_gate) * h_up
-        (y,), of_down = decode.few_tokens(h, [down], routers[2:], top_k, gates)
+        (y,), of_down = _few_tokens(h, [down], routers[2:], top_k, gates)
         routing.write_gates(self.ledger, self.rows, gates, of_down)  # one router's are there twice, and written once
         return y
 
@@ -344,6 +344,26 @@ class ExpertMLPs(LoraMLP):
             dropout_seed=seed,
             stream=stream,
         )
+
+
+def _few_tokens(
+    x: Tensor, projections: list[LoraLinear], routers: list[Router], top_k: int, gates: Tensor | None = None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Outputs (..., N) of projections that read ``x`` (..., K), and the gates (H, T, E) that weighed their experts:
+    those of ``routers``, or if there are none the ``gates`` given."""
+    outputs = [p.base(x).contiguous() for p in projections]
+    gates = molora_kernels.few_tokens(
+        x,
+        outputs,
+        [p.lora_a for p in projections],
+        [p.lora_b for p in projections],
+        scaling=projections[0].scaling,
+        router_weights=[r.weight for r in routers],
+        router_biases=[r.bias for r in routers],
+        top_k=top_k,
+        gates=None if routers else gates,
+    )
+    return outputs, gates
 
 
 def _biases(members: list[LoraLinear]) -> list[Tensor]:

@@ -160,7 +160,7 @@ def _tensor_cores() -> bool:
 
 def _compiler() -> str:
     """The C++ compiler that inductor calls."""
-    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ def functions(source: Path, signatures: Iterable[tuple[str, str]]) -> Functions:
     text = re.sub(
         r'#include "(.*)"', lambda name: (source.parent / name[1]).read_text("utf-8"), source.read_text("utf-8")
     )
-    flags = ("-ffp-contract=fast", *(["-ftree-loop-vectorize"] if is_gcc() else []))  # which GCC alone is told not to
-    library = CppCodeCache.load(text, extra_flags=flags)
+    # Where inductor tells GCC not to. On macOS it does not, and takes any clang but Apple's for GCC.
+    vectorize = ["-ftree-loop-vectorize"] if is_gcc() and sys.platform != "darwin" else []
+    library = CppCodeCache.load(text, extra_flags=("-ffp-contract=fast", *vectorize))
     found: Functions = {}
     for name, kinds in signatures:
         function = getattr(library, name)

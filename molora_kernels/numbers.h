@@ -19,7 +19,7 @@ namespace {
 // Numbers of a vector register, and how many of them the processor has.
 #if defined(__AVX512F__)
 constexpr int64_t LANES = 16, REGISTERS = 32;
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 constexpr int64_t LANES = 8, REGISTERS = 16;
 #elif defined(__aarch64__)
 constexpr int64_t LANES = 4, REGISTERS = 32;

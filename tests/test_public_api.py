@@ -47,7 +47,9 @@ def test_the_list_of_commands_is_whole(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_kernel_exports() -> None:
-    assert {"router", "grouped_lora", "mlp_block", "use_backend", "dropout_mask"} <= set(molora_kernels.__all__)
+    assert {"router", "grouped_lora", "mlp_block", "few_tokens", "use_backend", "dropout_mask"} <= set(
+        molora_kernels.__all__
+    )
 
 
 @pytest.mark.parametrize("module", [molora, molora_kernels])
@@ -56,7 +58,7 @@ def test_everything_public_has_a_docstring(module) -> None:
         assert inspect.getdoc(getattr(module, name)), name
 
 
-@pytest.mark.parametrize("name", ["router", "grouped_lora", "mlp_block", "dropout_mask"])
+@pytest.mark.parametrize("name", ["router", "grouped_lora", "mlp_block", "few_tokens", "dropout_mask"])
 def test_kernel_docstrings_say_what_goes_in_what_comes_out_and_what_is_refused(name: str) -> None:
     text = inspect.getdoc(getattr(molora_kernels, name)) or ""
     assert all(part in text for part in ("Args:", "Returns:", "Raises:"))

@@ -106,7 +106,7 @@ def choose_form(
     CPU, measured (docs/adr/0004-dense-experts.md): the same balance, with rows moved once where tokens are
     sorted by set and k times where by expert; short groups and narrow rows count as if there were more to move. In
     fp32 and bf16, ``compiled`` to C++ and without matrix units, no row moves: in fp32 grouped takes 0.4 to 1.0 of dense
-    (1.08 at worst, of 16 tokens), in bf16 0.45 to 1.03, and more only of few tokens; measured with AVX512-BF16 alone.
+    (1.08 at worst, of 16 tokens), in bf16 0.45 to 1.03, and more only of few tokens; on x86, not measured on Arm.
     """
     if top_k >= experts:
         return "dense"

@@ -9,7 +9,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 import molora
+import molora_kernels
 from molora import decode
+from molora_kernels.few_tokens import portable
 from tests.molora.test_patch import PLACEMENTS
 
 IDS = torch.randint(0, 320, (2, 5), generator=torch.Generator().manual_seed(11))
@@ -60,9 +62,9 @@ def test_bf16_is_as_near_to_fp64_as_the_kernels_are(tiny_config, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("small", [0, decode.SMALL])
+@pytest.mark.parametrize("small", [0, portable.SMALL])
 def test_one_token_and_large_weights(tiny_config, tokens, small, monkeypatch):
-    monkeypatch.setattr(decode, "SMALL", small)
+    monkeypatch.setattr(portable, "SMALL", small)
     ids = IDS[:1, :tokens]
     quick, slow = both_ways(patched(tiny_config, PLACEMENTS["recipe"]), monkeypatch, ids)
     torch.testing.assert_close(quick, slow, rtol=1e-11, atol=1e-12)
@@ -79,8 +81,8 @@ def test_a_base_wider_than_the_masters_is_left_to_the_kernels(tiny_config, monke
 
 def test_the_path_is_taken_without_gradient_alone(tiny_config, monkeypatch):
     model, calls = patched(tiny_config, PLACEMENTS["recipe"]), []
-    call = decode.few_tokens
-    monkeypatch.setattr(decode, "few_tokens", lambda *args: calls.append(1) or call(*args))
+    call = molora_kernels.few_tokens
+    monkeypatch.setattr(molora_kernels, "few_tokens", lambda *args, **more: calls.append(1) or call(*args, **more))
     model(IDS)
     assert not calls
     with torch.no_grad():

@@ -16,7 +16,8 @@ from molora_kernels import backend, cpp, use_backend
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-TESTS = [str(HERE / file) for file in ("grouped_lora/test_cpp.py", "mlp_block/test_swiglu.py", "router/test_router.py")]
+FILES = "grouped_lora/test_cpp.py", "mlp_block/test_swiglu.py", "router/test_router.py", "few_tokens/test_few_tokens.py"
+TESTS = [str(HERE / file) for file in FILES]
 
 
 def fails() -> cpp.Functions:
@@ -38,46 +39,49 @@ def test_where_compiling_fails_auto_is_torch_from_then_on(
     assert caplog.text.count("compiling failed, so from here on it is 'torch' on cpu: cannot compile this") == 1
 
 
-COMPILERS = {
-    "g++ -march=x86-64": {"x86_64", "AMD64"},
-    "g++ -march=x86-64-v3": {"x86_64", "AMD64"},
-    "g++ -march=x86-64-v4 -mavx512bf16": {"x86_64", "AMD64"},
-    "clang++ -march=x86-64": {"x86_64", "AMD64"},
-    "clang++ -march=x86-64-v3": {"x86_64", "AMD64"},
-    "clang++ -march=x86-64-v4 -mavx512bf16": {"x86_64", "AMD64"},
-    "clang++": {"aarch64", "arm64"},
-    "g++": {"aarch64", "arm64"},
-    "aarch64-linux-gnu-g++": {"x86_64", "AMD64"},
-}
-"""And the machines that they are to be found on."""
+X86 = platform.machine() in ("x86_64", "AMD64")
+COMPILERS = [
+    f"{compiler} -march={march}"
+    for compiler in ("g++", "clang++")
+    for march in ("x86-64", "x86-64-v3", "x86-64-v4 -mavx512bf16", "native")
+]
+
+
+def builds(compiler: str, *flags: str, source: str = "", folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [compiler, *flags, "-std=c++20", "-fopenmp", "-shared", "-fPIC", "-x", "c++", source or "-"]
+    return subprocess.run(
+        [*command, "-o", str(folder / "kernels.so")], input="", capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMPILERS)
-def test_kernels_compile_for_every_processor(command: str) -> None:
+@pytest.mark.parametrize("command", [*COMPILERS, "aarch64-linux-gnu-g++"])
+def test_kernels_compile_for_every_processor(command: str, tmp_path: Path) -> None:
     compiler, *flags = command.split()
-    if platform.machine() not in COMPILERS[command] or not shutil.which(compiler):
-        pytest.skip(f"no {compiler} for this here")
-    flags += ["-std=c++20", "-fopenmp", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-psabi", "-Werror"]
+    if not shutil.which(compiler) or builds(compiler, *flags, folder=tmp_path).returncode:
+        pytest.skip(f"no {command} here")
     for source in (ROOT / "molora_kernels").glob("*/*.cpp"):
-        ran = subprocess.run([compiler, *flags, str(source)], capture_output=True, text=True, check=False)
+        warnings = ("-Wall", "-Wextra", "-Wno-psabi", "-Werror")
+        ran = builds(compiler, *flags, "-O2", *warnings, source=str(source), folder=tmp_path)
         assert ran.returncode == 0, ran.stderr[-3000:]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("clang++"), reason="no clang++ here")
 def test_kernels_are_right_under_clang(tmp_path: Path) -> None:
     """Where there is no g++, as on macOS, it is what compiles them."""
+    if not shutil.which("clang++") or builds("clang++", folder=tmp_path).returncode:
+        pytest.skip("no clang++ with OpenMP here")
     environment = os.environ | {"CXX": "clang++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    ran = subprocess.run([sys.executable, "-m", "pytest", *TESTS], cwd=ROOT, env=environment, capture_output=True,
-                         text=True, check=False)  # fmt: skip
+    command = [sys.executable, "-m", "pytest", *TESTS]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="sanitizers are looked for where g++ has them")
-@pytest.mark.parametrize("more", ["", "-mno-avx512bf16"])  # where bf16 is multiplied in pairs, and where in fp32
+@pytest.mark.parametrize("more", ["", "-mno-avx512bf16", "-march=x86-64-v3", "-march=x86-64"])
 def test_kernels_stay_within_what_they_are_given(more: str) -> None:
+    """And are right, in vectors of the machine's own width and of less, bf16 multiplied in pairs and in fp32."""
     libraries = [
         subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libubsan.so")
@@ -86,9 +90,9 @@ def test_kernels_stay_within_what_they_are_given(more: str) -> None:
         pytest.skip("g++ has no sanitizers here")
     environment = os.environ | {"LD_PRELOAD": " ".join(libraries), "PYTHONMALLOC": "malloc"}
     environment |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1", "PYTHONPATH": str(HERE)}
-    if more and platform.machine() not in ("x86_64", "AMD64"):
+    if more and not X86:
         pytest.skip("no such flag on this processor")
-    environment["MORE_FLAGS"] = more
+    environment |= {"MORE_FLAGS": more, "CXX": "g++"}
     command = [sys.executable, "-m", "pytest", "-p", "sanitized", "-k", "not torch.compile", *TESTS]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
