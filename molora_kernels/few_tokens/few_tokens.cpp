@@ -32,8 +32,15 @@ struct Call {
   int64_t threads;
 };
 
-constexpr int64_t BLOCK = 64;  // features of a task
-constexpr int64_t SHARE = 8;   // columns of the shrink of a task
+constexpr int64_t BLOCK = 64;                        // features of a task
+constexpr int64_t VECTORS = REGISTERS > 16 ? 4 : 2;  // of a tile
+constexpr int64_t SHARE = 8;                         // columns of the shrink of a task
+constexpr int64_t AHEAD =
+    8;  // rows of B, of which only some numbers are read, so that nobody else fetches them in time
+
+inline void fetch(const float* numbers, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(numbers + i);
+}
 
 // The tokens that an expert is computed for, and where their columns of the shrink begin.
 struct Visits {
@@ -54,28 +61,77 @@ std::vector<Visits> visits_of(const float* gates, int64_t T, int64_t E) {
   return found;
 }
 
-// y of one projection, of a block of its features, from the columns of its shrink, which gates and scaling are in.
-template <typename T>
-void expand(const Projection& p, const Call& call, const std::vector<Visits>& visits, const float* s, int64_t block) {
-  const int64_t R = call.E * call.r, r = call.r, whole = r / LANES * LANES;
-  std::vector<float> sums(call.T * LANES), rest(call.T);
-  for (int64_t n = block * BLOCK; n < std::min(p.N, (block + 1) * BLOCK); n++) {
-    std::fill(sums.begin(), sums.end(), 0.0f);
-    std::fill(rest.begin(), rest.end(), 0.0f);
+// sums (T, BLOCK) of a block of features, of few tokens: each row of B is dotted with what is multiplied by it.
+void dotted(const Projection& p, const Call& call, const std::vector<Visits>& visits, const float* s, int64_t n0,
+            int64_t columns, float* sums) {
+  const int64_t R = call.E * call.r, r = call.r;
+  for (int64_t n = 0; n < columns; n++) {
     for (int64_t e = 0; e < call.E; e++) {
-      const float *b = p.b + n * R + e * r, *own = s + visits[e].first * r;
+      const float *b = p.b + (n0 + n) * R + e * r, *own = s + visits[e].first * r;
+      if (!visits[e].tokens.empty()) fetch(b + AHEAD * R, r);
       for (const int64_t t : visits[e].tokens) {
-        vec sum = load(&sums[t * LANES]);
-        for (int64_t j = 0; j < whole; j += LANES) sum += load(b + j) * load(own + j);
-        for (int64_t j = whole; j < r; j++) rest[t] += b[j] * own[j];
-        store(&sums[t * LANES], sum);
+        products<1>(&own, &b, r, 1, sums + t * BLOCK + n, 0);
         own += r;
       }
     }
-    for (int64_t t = 0; t < call.T; t++) {
-      T& y = static_cast<T*>(p.y)[t * p.ldy + n];
-      set(y, to_float(y) + (total(load(&sums[t * LANES])) + rest[t]));
+  }
+}
+
+// The same of more: rows of B are laid across first.
+template <int M>
+void tile(const float* s, int64_t r, const float* across, float* const* sums) {
+  UNROLLED for (int64_t j = 0; j < BLOCK; j += VECTORS * LANES) {
+    vec own[M][VECTORS] = {};
+    for (int64_t k = 0; k < r; k++)
+      UNROLLED for (int64_t i = 0; i < M; i++) UNROLLED for (int64_t v = 0; v < VECTORS; v++) own[i][v] +=
+          s[i * r + k] * load(across + k * BLOCK + j + v * LANES);
+    UNROLLED for (int64_t i = 0; i < M; i++) UNROLLED for (int64_t v = 0; v < VECTORS; v++)
+        add(sums[i] + j + v * LANES, own[i][v]);
+  }
+}
+
+void multiplied(const Projection& p, const Call& call, const std::vector<Visits>& visits, const float* s, int64_t n0,
+                int64_t columns, float* sums) {
+  const int64_t R = call.E * call.r, r = call.r;
+  std::vector<float> across(r * BLOCK, 0.0f);
+  for (int64_t e = 0; e < call.E; e++) {
+    const std::vector<int64_t>& tokens = visits[e].tokens;
+    const int64_t many = tokens.size();
+    for (int64_t n = 0; n < columns && many; n++) {
+      const float* b = p.b + (n0 + n) * R + e * r;
+      fetch(b + AHEAD * R, r);
+      for (int64_t j = 0; j < r; j++) across[j * BLOCK + n] = b[j];
     }
+    for (int64_t v = 0; v < many; v += ROWS) {
+      const float* own = s + (visits[e].first + v) * r;
+      float* to[ROWS];
+      for (int64_t i = 0; i < std::min(ROWS, many - v); i++) to[i] = sums + tokens[v + i] * BLOCK;
+      switch (many - v) {
+        case 1:
+          tile<1>(own, r, across.data(), to);
+          break;
+        case 2:
+          tile<2>(own, r, across.data(), to);
+          break;
+        case 3:
+          tile<3>(own, r, across.data(), to);
+          break;
+        default:
+          tile<ROWS>(own, r, across.data(), to);
+      }
+    }
+  }
+}
+
+// y of one projection, of a block of its features, from the columns of its shrink, which gates and scaling are in.
+template <typename T>
+void expand(const Projection& p, const Call& call, const std::vector<Visits>& visits, const float* s, int64_t n0) {
+  const int64_t columns = std::min(BLOCK, p.N - n0);
+  std::vector<float> sums(call.T * BLOCK, 0.0f);
+  (call.T < ROWS ? dotted : multiplied)(p, call, visits, s, n0, columns, sums.data());
+  for (int64_t t = 0; t < call.T; t++) {
+    T* y = static_cast<T*>(p.y) + t * p.ldy + n0;
+    for (int64_t n = 0; n < columns; n++) set(y[n], to_float(y[n]) + sums[t * BLOCK + n]);
   }
 }
 
@@ -134,8 +190,8 @@ void few_tokens(const Call& call) {
     for (int64_t g = 0; g < call.G; g++) {
       const Projection& p = call.projections[g];
 #pragma omp for schedule(dynamic) nowait
-      for (int64_t block = 0; block < (p.N + BLOCK - 1) / BLOCK; block++)
-        expand<T>(p, call, visits[std::min(g, int64_t(visits.size()) - 1)], s.data() + g * all * r, block);
+      for (int64_t n = 0; n < p.N; n += BLOCK)
+        expand<T>(p, call, visits[std::min(g, int64_t(visits.size()) - 1)], s.data() + g * all * r, n);
     }
   }
 }
