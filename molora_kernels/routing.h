@@ -20,13 +20,13 @@ inline float total(vec x) {
   return sums[0];
 }
 
-// to[i][j] += x[i] times w[j], of n numbers each, of R rows and at most COLUMNS columns.
-template <int R>
+// to[i][j] += x[i] times w[j], of n numbers each, of R rows and the first ``columns`` of C columns.
+template <int R, int C>
 void products(const float* const* x, const float* const* w, int64_t n, int64_t columns, float* to, int64_t ldt) {
   const int64_t whole = n / LANES * LANES;
-  vec s[R][COLUMNS] = {};
+  vec s[R][C] = {};
   for (int64_t k = 0; k < whole; k += LANES)
-    UNROLLED for (int64_t i = 0; i < R; i++) UNROLLED for (int64_t j = 0; j < COLUMNS; j++) s[i][j] +=
+    UNROLLED for (int64_t i = 0; i < R; i++) UNROLLED for (int64_t j = 0; j < C; j++) s[i][j] +=
         load(x[i] + k) * load(w[j] + k);
   for (int64_t i = 0; i < R; i++) {
     for (int64_t j = 0; j < columns; j++) {
@@ -46,7 +46,10 @@ void multiply(const Number* const* x, int64_t rows, const float* const* w, int64
   for (int64_t t = 0; t < rows; t++) std::fill_n(to + t * ldt, columns, 0.0f);
   for (int64_t t = 0; t < rows; t += ROWS) {
     const int64_t many = std::min(ROWS, rows - t);
-    const auto own = many == 1 ? products<1> : many == 2 ? products<2> : many == 3 ? products<3> : products<ROWS>;
+    const auto own = many == 1   ? products<1, COLUMNS>
+                     : many == 2 ? products<2, COLUMNS>
+                     : many == 3 ? products<3, COLUMNS>
+                                 : products<ROWS, COLUMNS>;
     for (int64_t k0 = 0; k0 < K; k0 += PART) {
       const int64_t n = std::min(PART, K - k0);
       const float* from[ROWS];

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from molora_kernels.backend import require_one_device
@@ -29,7 +30,7 @@ def few_tokens(
 
     Args:
         x: (..., K), fp16, bf16, fp32 or fp64.
-        outputs: G of (..., N_g) in x's dtype, contiguous: what the frozen linears gave. Added to in place.
+        outputs: G of (..., N_g), contiguous: what the frozen linears gave. Added to in place.
         lora_a, lora_b: G of (E * r, K) and of (N_g, E * r), no narrower than x, of one dtype.
         scaling: ``alpha / r``.
         router_weights, router_biases: H of (E, K) and of (E,), with H = G, or H = 1 to share, in the adapters' dtype;
@@ -41,10 +42,12 @@ def few_tokens(
         The gates, (H, T, E), zero where an expert was not chosen; None without routers and gates.
 
     Raises:
-        ValueError: shapes, dtypes, devices or counts that do not fit.
+        ValueError: shapes, dtypes, devices or counts that do not fit; a gradient is asked for.
     """
-    _check(x, outputs, lora_a, lora_b, router_weights, router_biases, top_k, gates)
     masters = (*lora_a, *lora_b, *router_weights, *router_biases)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *outputs, *masters)):
+        raise ValueError("few_tokens: has no gradient; call it under torch.no_grad(), or grouped_lora")
+    _check(x, outputs, lora_a, lora_b, router_weights, router_biases, top_k, gates)
     require_one_device("few_tokens", x, (*outputs, *masters, gates))
     x_TK, flat = x.reshape(-1, x.shape[-1]), [y.view(-1, y.shape[-1]) for y in outputs]
     own = cpp if cpp.serves(x_TK, flat, masters) else portable
@@ -62,6 +65,7 @@ def _check(
     gates: Tensor | None,
 ) -> None:
     *leading, features = x.shape
+    dtype = lora_a[0].dtype if lora_a else x.dtype
     groups, heads, experts = len(outputs), len(router_weights), 1
     if not groups == len(lora_a) == len(lora_b) > 0 or len(router_biases) != heads or (heads and gates is not None):
         raise ValueError(
@@ -91,9 +95,11 @@ def _check(
         )
     for y, a, b in zip(outputs, lora_a, lora_b, strict=True):
         n = y.shape[-1]
-        if a.shape != (rank, features) or b.shape != (n, rank) or [*y.shape] != [*leading, n] or y.dtype != x.dtype:
+        if a.shape != (rank, features) or b.shape != (n, rank) or [*y.shape] != [*leading, n]:
             raise ValueError(
-                f"few_tokens: an output is {tuple(y.shape)} {y.dtype} with A {tuple(a.shape)} and B {tuple(b.shape)} "
-                f"for x {tuple(x.shape)} {x.dtype}; expected {(*leading, n)}, ({rank}, {features}) and ({n}, {rank}), "
-                "and x's dtype"
+                f"few_tokens: an output is {tuple(y.shape)} with A {tuple(a.shape)} and B {tuple(b.shape)} for x "
+                f"{tuple(x.shape)}; expected {(*leading, n)}, ({rank}, {features}) and ({n}, {rank})"
             )
+    for t in (*lora_a, *lora_b, *router_weights, *router_biases):
+        if t.dtype != dtype:
+            raise ValueError(f"few_tokens: a tensor of adapters or routers is {t.dtype} and the first {dtype}")

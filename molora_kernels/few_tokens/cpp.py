@@ -9,16 +9,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from molora_kernels import cpp
+from molora_kernels import backend, cpp
 from molora_kernels.cpp import DTYPES, address, addresses
+from molora_kernels.direct import is_plain
 
 
 def serves(x: Tensor, outputs: Sequence[Tensor], masters: Sequence[Tensor]) -> bool:
-    """Whether this module computes of these tensors under the present choice of backend."""
-    if x.dtype not in DTYPES or any(y.dtype != x.dtype or not y.is_contiguous() for y in outputs):
+    """Whether this module computes of these tensors under the present choice of backend, and nobody traces it."""
+    if x.dtype not in DTYPES or not backend.compiles(x.device.type) or not is_plain(x):
         return False
-    return all(t.dtype == torch.float32 for t in masters) and cpp.compiled(x.device, _functions)
+    if any(y.dtype != x.dtype for y in outputs) or any(t.dtype != torch.float32 for t in masters):
+        return False
+    return cpp.compiled(x.device, _functions)
 
 
 def few_tokens(
@@ -58,6 +62,7 @@ def few_tokens(
         heads, top_k, address(gates), scaling, torch.get_num_threads(),
     )  # fmt: skip
     _functions()[f"few_tokens_{DTYPES[x.dtype]}"](ctypes.byref(call))
+    increment_version(outputs_TN)  # which PyTorch does not see written
     return gates
 
 

@@ -1,5 +1,5 @@
 // Experts of a few tokens, on a CPU: what cpp.py compiles and calls. Weights are read once, where they lie, and only
-// those of experts that a token chose. Every sum has an order of its own, whatever the number of tokens and threads.
+// those of experts that a token chose. Every sum has an order of its own, whatever the number of threads.
 //
 // Shape letters: T tokens, K features of the input and N of an output, G projections that read the same input, H gate
 // sets, E experts, r rank of one, R = E r.
@@ -70,7 +70,7 @@ void dotted(const Projection& p, const Call& call, const std::vector<Visits>& vi
       const float *b = p.b + (n0 + n) * R + e * r, *own = s + visits[e].first * r;
       if (!visits[e].tokens.empty()) fetch(b + AHEAD * R, r);
       for (const int64_t t : visits[e].tokens) {
-        products<1>(&own, &b, r, 1, sums + t * BLOCK + n, 0);
+        products<1, 1>(&own, &b, r, 1, sums + t * BLOCK + n, 0);
         own += r;
       }
     }

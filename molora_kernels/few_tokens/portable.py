@@ -31,6 +31,8 @@ def few_tokens(
     x_TK = x_TK.to(lora_a_RK[0].dtype)
     if router_weights_EK:
         gates_HTE = _route(x_TK, router_weights_EK, router_biases_E, top_k)
+    elif gates_HTE is not None:
+        gates_HTE = gates_HTE.to(x_TK.dtype)
     gates_TE1 = [] if gates_HTE is None else gates_HTE.unsqueeze(-1).unbind()
     for i, (y, a_RK, b_NR) in enumerate(zip(outputs_TN, lora_a_RK, lora_b_NR, strict=True)):
         s = _product(x_TK, a_RK)

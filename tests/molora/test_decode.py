@@ -53,9 +53,13 @@ def test_equal_logits_choose_the_first_experts(tiny_config, monkeypatch):
     torch.testing.assert_close(quick, slow, rtol=1e-11, atol=1e-12)
 
 
-def test_bf16_is_as_near_to_fp64_as_the_kernels_are(tiny_config, monkeypatch):
-    quick, slow = both_ways(patched(tiny_config, PLACEMENTS["recipe"], torch.bfloat16), monkeypatch)
-    exact = patched(tiny_config, PLACEMENTS["recipe"], torch.bfloat16).double()
+@pytest.mark.parametrize(
+    ("placement", "dtype"), [("recipe", torch.bfloat16), *((name, torch.float32) for name in PLACEMENTS)], ids=str
+)
+def test_as_near_to_fp64_as_the_kernels_are(tiny_config, placement, dtype, monkeypatch):
+    """In the dtypes that C++ serves."""
+    quick, slow = both_ways(patched(tiny_config, PLACEMENTS[placement], dtype), monkeypatch)
+    exact = patched(tiny_config, PLACEMENTS[placement], dtype).double()
     with torch.no_grad():
         exact = exact(IDS).logits
     assert (quick.double() - exact).norm() <= 2 * (slow.double() - exact).norm()

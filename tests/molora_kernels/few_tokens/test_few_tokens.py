@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import molora_kernels
 from molora_kernels import backend, use_backend
@@ -151,6 +154,59 @@ def test_the_same_for_any_number_of_threads(tokens: int, dtype: torch.dtype, cho
         assert all(torch.equal(y, other) for y, other in zip(found[0], others, strict=True))
 
 
+def test_outputs_of_another_dtype_and_gates_of_another(chosen: str) -> None:
+    given = inputs(6, 40, (32,), 4, 8, 0, torch.bfloat16)
+    gates = torch.rand(1, 6, 4, generator=torch.Generator().manual_seed(1))
+    wide = {**given, "outputs": [y.float() for y in given["outputs"]]}
+    molora_kernels.few_tokens(**wide, scaling=1.0, gates=gates.double())
+    exact, _ = definition(double(given), 1, gates.double(), 1.0)
+    torch.testing.assert_close(wide["outputs"][0].double(), exact[0], rtol=1e-5, atol=1e-5)
+
+
+def test_who_looks_on_sees_what_is_computed() -> None:
+    """Traced, counted, mapped over or with tensors that have no memory: by operations, which all of these see."""
+    given = inputs(3, 40, (32,), 4, 8, 1, torch.float32)
+    weight = torch.randn(32, 40, generator=torch.Generator().manual_seed(1))
+
+    def model(x: Tensor) -> Tensor:
+        y = x @ weight.T
+        molora_kernels.few_tokens(**{**given, "x": x, "outputs": [y]}, top_k=2, scaling=1.0)
+        return y
+
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(2))
+    traced = torch.jit.trace(model, (given["x"],))
+    torch.testing.assert_close(traced(x), model(x))
+    torch.testing.assert_close(torch.vmap(model)(x[:, None])[:, 0], model(x))
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    assert counter.get_total_flops() > 2 * x.numel() * 32
+    with FakeTensorMode() as mode:
+        fake: dict[str, Any] = {
+            k: [mode.from_tensor(t) for t in v] if isinstance(v, list) else mode.from_tensor(v)
+            for k, v in given.items()
+        }
+        molora_kernels.few_tokens(**fake, top_k=2, scaling=1.0)
+
+
+def test_outputs_that_were_written_are_not_taken_for_others() -> None:
+    given = inputs(3, 16, (16,), 4, 8, 1, torch.float32)
+    saved = torch.randn(3, 16, requires_grad=True).sigmoid()
+    with torch.no_grad():
+        molora_kernels.few_tokens(**{**given, "outputs": [saved]}, top_k=2, scaling=1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+
+
+def test_a_backend_that_does_not_fit_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    given = inputs(3, 16, (16,), 4, 8, 1, torch.float32)
+    for name in ("triton", "reference"):
+        if name == "triton" and importlib.util.find_spec("triton") is None:
+            continue
+        with use_backend(name):
+            molora_kernels.few_tokens(**given, top_k=2, scaling=1.0)
+
+
 def test_which_tensors_cpp_serves(chosen: str) -> None:
     x, y, a = torch.zeros(2, 8), torch.zeros(2, 4), torch.zeros(4, 8)
     assert cpp.serves(x, [y], [a]) == (chosen == "inductor")
@@ -170,7 +226,8 @@ def test_which_tensors_cpp_serves(chosen: str) -> None:
         ({"lora_a": [torch.zeros(30, 16)]}, "a total rank of 30"),
         ({"lora_a": [torch.zeros(32, 17)]}, r"A \(32, 17\)"),
         ({"outputs": [torch.zeros(2, 16)]}, r"an output is \(2, 16\)"),
-        ({"outputs": [torch.zeros(3, 16, dtype=torch.bfloat16)]}, "bfloat16"),
+        ({"lora_b": [torch.zeros(16, 32, dtype=torch.bfloat16)]}, "bfloat16 and the first torch.float32"),
+        ({"lora_b": [torch.zeros(16, 32, requires_grad=True)]}, "has no gradient"),
         ({"router_weights": [], "router_biases": [], "gates": torch.zeros(1, 2, 4)}, r"gates are \(1, 2, 4\)"),
         ({"lora_b": [torch.zeros(16, 32, device="meta")]}, "expected one device"),
     ],
