@@ -174,7 +174,7 @@ def test_who_looks_on_sees_what_is_computed() -> None:
         return y
 
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(2))
-    traced = torch.jit.trace(model, (given["x"],))
+    traced: Any = torch.jit.trace(model, (given["x"],))
     torch.testing.assert_close(traced(x), model(x))
     torch.testing.assert_close(torch.vmap(model)(x[:, None])[:, 0], model(x))
     with FlopCounterMode(display=False) as counter:
