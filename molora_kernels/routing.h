@@ -25,9 +25,13 @@ template <int R, int C>
 void products(const float* const* x, const float* const* w, int64_t n, int64_t columns, float* to, int64_t ldt) {
   const int64_t whole = n / LANES * LANES;
   vec s[R][C] = {};
-  for (int64_t k = 0; k < whole; k += LANES)
-    UNROLLED for (int64_t i = 0; i < R; i++) UNROLLED for (int64_t j = 0; j < C; j++) s[i][j] +=
-        load(x[i] + k) * load(w[j] + k);
+  for (int64_t k = 0; k < whole; k += LANES) {
+    UNROLLED
+    for (int64_t i = 0; i < R; i++) {
+      UNROLLED
+      for (int64_t j = 0; j < C; j++) s[i][j] += load(x[i] + k) * load(w[j] + k);
+    }
+  }
   for (int64_t i = 0; i < R; i++) {
     for (int64_t j = 0; j < columns; j++) {
       float sum = total(s[i][j]);

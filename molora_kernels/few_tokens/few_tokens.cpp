@@ -35,9 +35,9 @@ struct Call {
 constexpr int64_t BLOCK = 64;                        // features of a task
 constexpr int64_t VECTORS = REGISTERS > 16 ? 4 : 2;  // of a tile
 constexpr int64_t SHARE = 8;                         // columns of the shrink of a task
-constexpr int64_t AHEAD =
-    8;  // rows of B, of which only some numbers are read, so that nobody else fetches them in time
 
+// Rows of B to fetch ahead: only some numbers of each are read, which no processor foresees.
+constexpr int64_t AHEAD = 8;
 inline void fetch(const float* numbers, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(numbers + i);
 }
@@ -80,13 +80,21 @@ void dotted(const Projection& p, const Call& call, const std::vector<Visits>& vi
 // The same of more: rows of B are laid across first.
 template <int M>
 void tile(const float* s, int64_t r, const float* across, float* const* sums) {
-  UNROLLED for (int64_t j = 0; j < BLOCK; j += VECTORS * LANES) {
+  UNROLLED
+  for (int64_t j = 0; j < BLOCK; j += VECTORS * LANES) {
     vec own[M][VECTORS] = {};
-    for (int64_t k = 0; k < r; k++)
-      UNROLLED for (int64_t i = 0; i < M; i++) UNROLLED for (int64_t v = 0; v < VECTORS; v++) own[i][v] +=
-          s[i * r + k] * load(across + k * BLOCK + j + v * LANES);
-    UNROLLED for (int64_t i = 0; i < M; i++) UNROLLED for (int64_t v = 0; v < VECTORS; v++)
-        add(sums[i] + j + v * LANES, own[i][v]);
+    for (int64_t k = 0; k < r; k++) {
+      UNROLLED
+      for (int64_t i = 0; i < M; i++) {
+        UNROLLED
+        for (int64_t v = 0; v < VECTORS; v++) own[i][v] += s[i * r + k] * load(across + k * BLOCK + j + v * LANES);
+      }
+    }
+    UNROLLED
+    for (int64_t i = 0; i < M; i++) {
+      UNROLLED
+      for (int64_t v = 0; v < VECTORS; v++) add(sums[i] + j + v * LANES, own[i][v]);
+    }
   }
 }
 

@@ -130,13 +130,20 @@ void tile(const Term* const* x, const Term* const* w, int64_t ldw, int64_t K, fl
   vec s[TILE_ROWS][N] = {};
   for (int64_t k = 0; k < K; k++) {
     decltype(load(w[0])) b[N];
-    UNROLLED for (int j = 0; j < N; j++) b[j] = load(w[j] + k * ldw);
-    UNROLLED for (int i = 0; i < TILE_ROWS; i++) {
+    UNROLLED
+    for (int j = 0; j < N; j++) b[j] = load(w[j] + k * ldw);
+    UNROLLED
+    for (int i = 0; i < TILE_ROWS; i++) {
       const Term a = x[i][k];
-      UNROLLED for (int j = 0; j < N; j++) s[i][j] = add_product(s[i][j], a, b[j]);
+      UNROLLED
+      for (int j = 0; j < N; j++) s[i][j] = add_product(s[i][j], a, b[j]);
     }
   }
-  UNROLLED for (int i = 0; i < TILE_ROWS; i++) UNROLLED for (int j = 0; j < N; j++) add(to[i] + j * LANES, s[i][j]);
+  UNROLLED
+  for (int i = 0; i < TILE_ROWS; i++) {
+    UNROLLED
+    for (int j = 0; j < N; j++) add(to[i] + j * LANES, s[i][j]);
+  }
 }
 
 // Of any number of vectors of columns.
@@ -167,13 +174,17 @@ void grad_tile(const Term* columns, int64_t ldc, const Term* rows, int64_t V, fl
   vec s[M][2] = {};
   for (int64_t v = 0; v < V; v++, columns += ldc, rows += BLOCK_FEATURES) {
     const auto b0 = load(rows), b1 = load(rows + LANES);
-    UNROLLED for (int i = 0; i < M; i++) {
+    UNROLLED
+    for (int i = 0; i < M; i++) {
       s[i][0] = add_product(s[i][0], columns[i], b0);
       s[i][1] = add_product(s[i][1], columns[i], b1);
     }
   }
-  UNROLLED for (int i = 0; i < M; i++) UNROLLED for (int j = 0; j < 2; j++)
-      add(d + i * BLOCK_FEATURES + j * LANES, s[i][j]);
+  UNROLLED
+  for (int i = 0; i < M; i++) {
+    UNROLLED
+    for (int j = 0; j < 2; j++) add(d + i * BLOCK_FEATURES + j * LANES, s[i][j]);
+  }
 }
 
 // To ``many`` rows of d that follow one another, of as many columns, all features of a block.

@@ -17,8 +17,9 @@ inline vec exp(vec x) {
   const integers n = __builtin_convertvector(scaled + half, integers);
   const vec whole = __builtin_convertvector(n, vec), y = (x - whole * LN2_HIGH) - whole * LN2_LOW;
   vec series = vec{} + 1.0f / 5040.0f;
-  UNROLLED for (float term : {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f}) series =
-      series * y + term;
+  UNROLLED
+  for (float term : {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f})
+    series = series * y + term;
   return series * vec((n + 127) << 23);
 }
 
