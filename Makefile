@@ -24,7 +24,7 @@ test: $(VENV)/.done  ## the suite, on the CPU
 	$(BIN)/python -m pytest -n auto -m "not gpu and not slow"
 
 test-slow: $(VENV)/.done  ## what takes minutes: a real model made from its package, molora installed without a checkout
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -n auto -m "slow and not gpu"
 
 test-gpu:  ## what needs a CUDA device; uses the Python on the PATH
 	python3 -m pytest -m gpu
