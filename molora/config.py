@@ -261,7 +261,7 @@ class Logging(Section):
 class Kernels(Section):
     backend: Literal["auto", "triton", "torch", "inductor", "reference"] = "auto"
     """``triton``: kernels for CUDA. ``torch``: plain PyTorch. ``inductor``: the same with C++ kernels, on a CPU with a
-    C++ compiler (g++, or what CXX names), which it calls for some twenty seconds in a machine's first step.
+    C++ compiler (g++, or what CXX names), which it calls for some fifteen seconds in a machine's first step.
     ``reference``: the definition, slow. ``auto``: the first of triton, inductor and torch that is possible."""
     form: Literal["auto", "dense", "grouped"] = "auto"
     """Every expert on every token, or the chosen ones alone on tokens grouped by them; ``auto``: the faster one."""

@@ -18,7 +18,7 @@ MOST_TOKENS = 64
 
 
 def serves(x: Tensor, projection: LoraLinear, ledger: Ledger | None) -> bool:
-    """Whether ``x`` (..., K), the input of ``projection``, is for this module: few tokens, no wider than the masters,
+    """Whether ``x`` (..., K), the input of ``projection``, goes that way: few tokens, no wider than the masters,
     no gradient to come, no dropout, nobody who records more of routers than gates, and routers without a selection
     bias."""
     if torch.is_grad_enabled() or x.numel() > MOST_TOKENS * x.shape[-1]:

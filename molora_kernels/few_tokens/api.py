@@ -100,6 +100,8 @@ def _check(
                 f"few_tokens: an output is {tuple(y.shape)} with A {tuple(a.shape)} and B {tuple(b.shape)} for x "
                 f"{tuple(x.shape)}; expected {(*leading, n)}, ({rank}, {features}) and ({n}, {rank})"
             )
+        if not y.is_contiguous():
+            raise ValueError(f"few_tokens: an output {tuple(y.shape)} has strides {y.stride()}; expected it contiguous")
     for t in (*lora_a, *lora_b, *router_weights, *router_biases):
         if t.dtype != dtype:
             raise ValueError(f"few_tokens: a tensor of adapters or routers is {t.dtype} and the first {dtype}")

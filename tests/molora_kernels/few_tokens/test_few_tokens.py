@@ -137,9 +137,8 @@ def test_rows_apart_and_more_dimensions(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [2, 9])
-def test_the_same_for_any_number_of_threads(tokens: int, dtype: torch.dtype, chosen: str) -> None:
-    if chosen != "inductor":
-        pytest.skip("matrix libraries promise no such thing")
+@pytest.mark.parametrize("chosen", ["inductor"], indirect=True)  # matrix libraries promise no such thing
+def test_the_same_for_any_number_of_threads(tokens: int, dtype: torch.dtype) -> None:
     given = inputs(tokens, 600, (130, 70), 4, 32, 2, dtype)
     threads, found = torch.get_num_threads(), []
     try:
@@ -226,6 +225,7 @@ def test_which_tensors_cpp_serves(chosen: str) -> None:
         ({"lora_a": [torch.zeros(30, 16)]}, "a total rank of 30"),
         ({"lora_a": [torch.zeros(32, 17)]}, r"A \(32, 17\)"),
         ({"outputs": [torch.zeros(2, 16)]}, r"an output is \(2, 16\)"),
+        ({"outputs": [torch.zeros(16, 3).T]}, r"strides \(1, 3\); expected it contiguous"),
         ({"lora_b": [torch.zeros(16, 32, dtype=torch.bfloat16)]}, "bfloat16 and the first torch.float32"),
         ({"lora_b": [torch.zeros(16, 32, requires_grad=True)]}, "has no gradient"),
         ({"router_weights": [], "router_biases": [], "gates": torch.zeros(1, 2, 4)}, r"gates are \(1, 2, 4\)"),
