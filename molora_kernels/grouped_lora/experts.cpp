@@ -21,7 +21,7 @@
 
 namespace {
 
-constexpr bool MANY = REGISTERS > 16;
+constexpr bool MANY = REGISTERS > 16;  // a tile's sums take 24 of 32 registers or 12 of 16, those of gradients 16 or 12
 constexpr int64_t TILE_ROWS = 6, TILE_VECTORS = MANY ? 4 : 2, TILE_COLUMNS = TILE_VECTORS * LANES;
 constexpr int64_t BLOCK_ROWS = 96;      // of a task, which share a panel of weights
 constexpr int64_t PANEL = 384 * 64;     // numbers of a panel of weights: an eighth of 1 MiB of L2

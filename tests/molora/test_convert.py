@@ -103,7 +103,7 @@ def test_merging_experts_that_are_weighed_alike_loses_nothing(tiny_model_dir, tm
     dense: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     assert dense.num_parameters() == AutoModelForCausalLM.from_pretrained(tiny_model_dir).num_parameters()
     largest = expected.abs().max().item()
-    torch.testing.assert_close(logits(dense.double()), expected, rtol=0, atol=1e-6 * largest)
+    torch.testing.assert_close(logits(dense.double()), expected, rtol=0, atol=1e-5 * largest)
     printed = capsys.readouterr().out
     assert "LoRA of rank 4 and 16" in printed and printed.count("(+0.0%)") + printed.count("(-0.0%)") == 2
 
@@ -111,7 +111,7 @@ def test_merging_experts_that_are_weighed_alike_loses_nothing(tiny_model_dir, tm
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     lora: Any = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
     assert not torch.allclose(logits(molora.load(tiny_model_dir, "cpu", "fp32")[0]).double(), expected, atol=1e-2)
-    torch.testing.assert_close(logits(lora.double()), expected, rtol=0, atol=1e-6 * largest)
+    torch.testing.assert_close(logits(lora.double()), expected, rtol=0, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
